@@ -1,9 +1,9 @@
 """Bits per byte: how many bytes of text each token stands for, and the score that follows.
 
-The challenge's rule: a token counts the UTF-8 bytes of its piece without the leading space mark, plus one for that space
-unless the previous token is a control, unknown or unused entry (after the beginning of a document the tokenizer's dummy
-prefix is no text); byte entries count one, control entries none. For a tokenizer without a dummy prefix a leading space
-after the beginning of a document is real text and counts.
+The challenge's rule: a token counts the UTF-8 bytes of its piece without the leading space mark, plus one for that
+space unless the previous token is a control, unknown or unused entry (after the beginning of a document the tokenizer's
+dummy prefix is no text); byte entries count one, control entries none. For a tokenizer without a dummy prefix a leading
+space after the beginning of a document is real text and counts.
 
 The sum over a document is the byte length of its *decoded* text; that is the original's length only if the tokenizer is
 lossless. Unknown entries count nothing, which can only make a score worse.

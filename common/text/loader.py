@@ -1,10 +1,10 @@
 """Batches of windows from token shards: shuffled, resumable, and the same for every number of processes.
 
-Every shard is cut into windows of seq_len + 1 tokens that overlap by one, so that each token is a target once; a window
-never spans two shards, and fewer than seq_len tokens at a shard's end are left out. The windows of an epoch are ordered
-by a hash of (seed, epoch, window), a permutation that depends on nothing else: not on the number of processes and not on
-the version of NumPy. Epochs follow each other without a gap: a batch that an epoch cannot fill takes its last windows from
-the next one, so every window is used exactly once in each epoch.
+Every shard is cut into windows of seq_len + 1 tokens that overlap by one, so that each token is a target once; a
+window never spans two shards, and fewer than seq_len tokens at a shard's end are left out. The windows of an epoch are
+ordered by a hash of (seed, epoch, window), a permutation that depends on nothing else: not on the number of processes
+and not on the version of NumPy. Epochs follow each other without a gap: a batch that an epoch cannot fill takes its
+last windows from the next one, so every window is used exactly once in each epoch.
 
 Shards stay on disk: a process touches the pages of its own windows only, and holds one permutation (4 bytes a window).
 
@@ -28,8 +28,8 @@ from common.text.shards import open_shard
 class TokenBatch:
     """One process's part of a batch.
 
-    x_BT: int64 inputs. y_BT: int64 targets, the token after each input. document_ids_BT: int32, 0 at the start of each row
-    (1 if it starts with a beginning-of-document token) and one more at each beginning-of-document token in x.
+    x_BT: int64 inputs. y_BT: int64 targets, the token after each input. document_ids_BT: int32, 0 at the start of each
+    row (1 if it starts with a beginning-of-document token), one more at each beginning-of-document token in x.
     """
 
     x_BT: np.ndarray
@@ -90,7 +90,9 @@ class TokenLoader:
                 f"seq_len {seq_len} and batch_sequences {batch_sequences}, expected both at least 1; set larger ones."
             )
         if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} of world_size {world_size}, expected 0 <= rank < world_size; check the launcher.")
+            raise ConfigError(
+                f"rank {rank} of world_size {world_size}, expected 0 <= rank < world_size; check the launcher."
+            )
         if batch_sequences % world_size:
             raise ConfigError(
                 f"batch_sequences {batch_sequences} with world_size {world_size}, expected a multiple; "
@@ -113,13 +115,14 @@ class TokenLoader:
         self.total_tokens = int(counts_S.sum())
         if self.windows < batch_sequences:
             raise ShardError(
-                f"{self._paths[0]} and {len(shards) - 1} more: {self.total_tokens} tokens give {self.windows} windows of "
-                f"{seq_len} + 1 tokens, expected at least one batch of {batch_sequences}; "
+                f"{self._paths[0]} and {len(shards) - 1} more: {self.total_tokens} tokens give {self.windows} windows "
+                f"of {seq_len} + 1 tokens, expected at least one batch of {batch_sequences}; "
                 "give more data, a shorter seq_len or a smaller batch."
             )
         if self.windows > 2**32:
             raise ShardError(
-                f"{self.windows} windows of {seq_len} tokens, expected at most {2**32}; use fewer shards or a longer seq_len."
+                f"{self.windows} windows of {seq_len} tokens, expected at most {2**32}; "
+                "use fewer shards or a longer seq_len."
             )
         # Row w of a shard's view is its window w; rows overlap by one token and nothing is copied.
         self._windows_of_S = [
@@ -198,7 +201,9 @@ class TokenLoader:
                 )
         batch = state["batch"]
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
-            raise CheckpointError(f"loader state has batch = {batch!r}, expected a count; the checkpoint is damaged: take an older one.")
+            raise CheckpointError(
+                f"loader state has batch = {batch!r}, expected a count; the checkpoint is damaged: take an older one."
+            )
         self._next_batch = batch
 
     def _windows_at(self, first: int, count: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Token shards in the challenge's format: read, checked, and written.
 
-A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) and then exactly that many
-little-endian uint16 tokens, so its size is 1024 + 2·count bytes. Reading maps the file into memory; nothing is copied
-until it is indexed.
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) and then exactly that
+many little-endian uint16 tokens, so its size is 1024 + 2·count bytes. Reading maps the file into memory; nothing is
+copied until it is indexed.
 
 Letters: N tokens of one shard or of one piece of a stream.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -47,7 +49,8 @@ def read_shard_count(path: str | Path) -> int:
             size_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ShardError(
-            f"{path}: cannot be read ({error.strerror}); expected a token shard. Make shards with scripts/prepare_text.py."
+            f"{path}: cannot be read ({error.strerror}); expected a token shard. "
+            "Make shards with scripts/prepare_text.py."
         ) from error
     if len(raw) < SHARD_HEADER_BYTES:
         raise ShardError(
@@ -62,7 +65,8 @@ def read_shard_count(path: str | Path) -> int:
         )
     if version != SHARD_VERSION:
         raise ShardError(
-            f"{path}: shard version {version}, expected {SHARD_VERSION}; write the data again in version {SHARD_VERSION}."
+            f"{path}: shard version {version}, expected {SHARD_VERSION}; "
+            f"write the data again in version {SHARD_VERSION}."
         )
     if count_tokens <= 0:
         raise ShardError(f"{path}: header says {count_tokens} tokens, expected at least 1; make the shard again.")
@@ -159,20 +163,22 @@ def write_shard(path: str | Path, tokens_N: np.ndarray) -> None:
 class ShardWriter:
     """Streams tokens into shards, starting a new one after every `shard_tokens` tokens.
 
-    Each shard appears under its final name only when it is complete and on disk. Use it as a context manager: leaving it
-    on an exception drops the unfinished shard and keeps the finished ones.
+    Each shard appears under its final name only when it is complete and on disk. Use it as a context manager: leaving
+    it on an exception drops the unfinished shard and keeps the finished ones.
 
     Args:
         path_of: gives the path of shard number 0, 1, 2, ...
         shard_tokens: length of every shard but the last.
     """
 
-    def __init__(self, path_of, *, shard_tokens: int = SHARD_TOKENS_DEFAULT) -> None:
+    def __init__(self, path_of: Callable[[int], str | Path], *, shard_tokens: int = SHARD_TOKENS_DEFAULT) -> None:
         if not 1 <= shard_tokens <= SHARD_MAX_TOKENS:
-            raise ShardError(f"shard_tokens is {shard_tokens}, expected 1 to {SHARD_MAX_TOKENS}; choose a length in between.")
+            raise ShardError(
+                f"shard_tokens is {shard_tokens}, expected 1 to {SHARD_MAX_TOKENS}; choose a length in between."
+            )
         self._path_of = path_of
         self._shard_tokens = shard_tokens
-        self._file = None
+        self._file: BinaryIO | None = None
         self._final_path = Path()
         self._temporary_path = Path()
         self._file_tokens = 0
@@ -197,27 +203,28 @@ class ShardWriter:
                 f"tokens of shape {tokens_N.shape} and type {tokens_N.dtype}, expected a flat array of integers; "
                 "pass what a tokenizer's encode returns."
             )
-        if tokens_N.size and tokens_N.dtype != np.uint16 and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < 65536:
-            raise ShardError(
-                f"tokens from {int(tokens_N.min())} to {int(tokens_N.max())}, expected 0 to 65535: the format stores "
-                "uint16; use a smaller vocabulary."
-            )
+        if tokens_N.size and tokens_N.dtype != np.uint16:
+            lowest, highest = int(tokens_N.min()), int(tokens_N.max())
+            if lowest < 0 or highest > 65535:
+                raise ShardError(
+                    f"tokens from {lowest} to {highest}, expected 0 to 65535: the format stores uint16; "
+                    "use a smaller vocabulary."
+                )
         tokens_N = tokens_N.astype("<u2", copy=False)
         while tokens_N.size:
-            if self._file is None:
-                self._open()
+            file = self._file or self._open()
             room = self._shard_tokens - self._file_tokens
             piece_N, tokens_N = tokens_N[:room], tokens_N[room:]
-            self._file.write(piece_N.tobytes())
+            file.write(piece_N.tobytes())
             self._file_tokens += piece_N.size
             self.total_tokens += piece_N.size
             if self._file_tokens == self._shard_tokens:
-                self._finish()
+                self._finish(file)
 
     def close(self) -> None:
         """Finish the last shard."""
         if self._file is not None:
-            self._finish()
+            self._finish(self._file)
 
     def abort(self) -> None:
         """Drop the unfinished shard, if there is one."""
@@ -226,19 +233,21 @@ class ShardWriter:
             self._file = None
             self._temporary_path.unlink(missing_ok=True)
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
         self._final_path = Path(self._path_of(len(self.paths)))
         self._temporary_path = self._final_path.with_name(f".{self._final_path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary_path, "wb")  # noqa: SIM115 - lives until _finish or abort
-        self._file.write(shard_header(0))
+        file = open(self._temporary_path, "wb")  # noqa: SIM115 - lives until _finish or abort
+        self._file = file
+        file.write(shard_header(0))
         self._file_tokens = 0
+        return file
 
-    def _finish(self) -> None:
-        self._file.seek(0)
-        self._file.write(shard_header(self._file_tokens))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def _finish(self, file: BinaryIO) -> None:
+        file.seek(0)
+        file.write(shard_header(self._file_tokens))
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
         self._file = None
         os.replace(self._temporary_path, self._final_path)
         self.paths.append(self._final_path)
