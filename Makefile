@@ -43,7 +43,7 @@ test-slow: $(STAMP)  ## the slow tests
 .PHONY: lint
 lint: $(STAMP)  ## ruff and pyright
 	$(PY) -m ruff check .
-	$(PY) -m pyright --warnings --pythonpath $(PY)
+	$(PY) -m pyright --pythonpath $(PY)
 
 .PHONY: bundle
 bundle: $(STAMP)  ## dist/jepa_mamba/: one train_gpt.py and its papers (PRESET=seed_bpe, RUNS='runs/a runs/b')

@@ -42,10 +42,12 @@ else
     "$python" -m venv --clear "$venv"
 fi
 
+# Errors only: pip's warnings about its own configuration say nothing of ours.
+pip=("$venv/bin/pip" install --disable-pip-version-check --quiet --quiet "${pip_flags[@]}")
+
 # `compat` puts the repository root on the path of this environment: each room is importable from any folder, and a room
 # that is added later needs no new setup.
-"$venv/bin/pip" install --disable-pip-version-check --quiet "${pip_flags[@]}" \
-    --config-settings editable_mode=compat --editable "$root[$extras]"
+"${pip[@]}" --config-settings editable_mode=compat --editable "$root[$extras]"
 
 gpu=${GPU:-auto}
 if [[ "$gpu" == auto ]]; then
@@ -54,9 +56,8 @@ if [[ "$gpu" == auto ]]; then
 fi
 if [[ "$gpu" == 1 ]]; then
     echo "setup: a GPU is here; installing the gpu extra (a source build can take many minutes; make setup GPU=0 skips it)"
-    "$venv/bin/pip" install --disable-pip-version-check --quiet "${pip_flags[@]}" setuptools==84.2.1 wheel ninja packaging
-    if ! "$venv/bin/pip" install --disable-pip-version-check --quiet "${pip_flags[@]}" --no-build-isolation \
-        --config-settings editable_mode=compat --editable "$root[gpu]"; then
+    "${pip[@]}" setuptools==84.2.1 wheel ninja packaging
+    if ! "${pip[@]}" --no-build-isolation --config-settings editable_mode=compat --editable "$root[gpu]"; then
         echo "setup: mamba-ssm or causal-conv1d could not be installed (they build CUDA code and need nvcc)." \
             "Everything works without them, slower on a GPU: train.log names the implementation that runs."
     fi
