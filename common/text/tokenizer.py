@@ -54,8 +54,8 @@ def utf8_of_text(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, expected Unicode "
-            "scalar values only; repair it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+            f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, expected "
+            "Unicode scalar values only; repair it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         ) from error
 
 
