@@ -54,8 +54,8 @@ verify-artifact-size: $(STAMP)  ## code + weights against 16,000,000 bytes, by t
 	$(PY) scripts/verify_artifact_size.py $(if $(PRESET),--preset $(PRESET)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) $(ARGS)
 
 .PHONY: readme
-readme: $(STAMP)  ## write the generated tables of README.md anew
-	$(PY) scripts/readme_tables.py $(ARGS)
+readme: $(STAMP)  ## write the generated tables of README.md anew (RUNS=runs/demo adds a run)
+	$(PY) scripts/readme_tables.py $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 .PHONY: clean
 clean:  ## remove .venv, dist and caches (runs/ and data/ stay)
