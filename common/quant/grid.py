@@ -1,14 +1,14 @@
-"""Storage grids for weights: scale, quantize, dequantize. This NumPy file is the definition; every backend equals it bit for bit.
+"""Storage grids for weights: scale, quantize, dequantize. The definition: every backend equals it bit for bit.
 
 Letters: R rows (first axis), C columns (all other axes flattened). A tensor of less than two axes is one row.
 
-What training snaps to, what export writes and what scoring reads is `dequantize(quantize(w, spec))`. Two things make that
-possible on different machines and frameworks:
+What training snaps to, what export writes and what scoring reads is `dequantize(quantize(w, spec))`. Two things make
+that possible on different machines and frameworks:
 
-- the scale is rounded to the type it is stored in *before* codes are computed from it, so the rule never sees a scale that
-  the file does not hold;
-- every operation used is one that IEEE 754 defines exactly (division, multiplication, rounding half to even, comparison), and
-  the one sum there is (for a scale in units of sigma) adds in a fixed order in float64.
+- the scale is rounded to the type it is stored in *before* codes are computed from it, so the rule never sees a scale
+  that the file does not hold;
+- every operation used is one that IEEE 754 defines exactly (division, multiplication, rounding half to even,
+  comparison), and the one sum there is (for a scale in units of sigma) adds in a fixed order in float64.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ GRID_KINDS = ("int", "fp8_e4m3", "bf16", "f32")
 GRID_SCALES = ("row", "tensor", "none")
 GRID_SCALE_DTYPES = ("bf16", "f32")
 
-# Bounds of every scale. Both are powers of two, hence exact in bf16 and float32. With them no product code * scale is ever
-# subnormal (devices disagree about those) or infinite: 448 * 2**118 < 2**127. An all-zero row gets the lower bound.
+# Bounds of every scale. Both are powers of two, hence exact in bf16 and float32. With them no product code * scale is
+# ever subnormal (devices disagree about those) or infinite: 448 * 2**118 < 2**127. An all-zero row gets the lower
+# bound.
 GRID_SCALE_MIN = 2.0**-126
 GRID_SCALE_MAX = 2.0**118
 
@@ -42,12 +43,13 @@ class GridSpec:
     Args:
         kind: "int": symmetric integers -qmax..qmax, qmax = 2**(bits-1) - 1, times a scale; "fp8_e4m3": 8-bit floats
             (4 exponent bits, 3 mantissa bits, no infinity) times a scale; "bf16" and "f32": that type itself.
-        bits: nominal width of a code: 2..8 for "int", else 8, 16, 32. The bits that a code costs are decided by the entropy
-            coder; what decides loss and size is the step, scale / sigma.
+        bits: nominal width of a code: 2..8 for "int", else 8, 16, 32. The bits that a code costs are decided by the
+            entropy coder; what decides loss and size is the step, scale / sigma.
         scale: "row" (one scale for each index of the first axis), "tensor" (one), or "none" (codes are the values).
         scale_dtype: type in which scales are stored, and to which they are rounded before they are used.
-        clip: None: the largest magnitude of the row maps to the largest code. c > 0: c times the row's sigma does, larger
-            weights saturate; sigma is the root mean square. The step is then clip / qmax sigmas: any step can be had.
+        clip: None: the largest magnitude of the row maps to the largest code. c > 0: c times the row's sigma does,
+            larger weights saturate; sigma is the root mean square. The step is then clip / qmax sigmas: any step can
+            be had.
 
     Raises:
         ConfigError: a field or a combination of fields has no meaning.
@@ -81,7 +83,7 @@ class GridSpec:
             if self.kind != "int":
                 raise ConfigError(f"clip is for integer grids only, got clip={self.clip!r} with kind {self.kind!r}")
             if type(self.clip) not in (int, float) or not (1e-6 <= self.clip <= 1e6):
-                raise ConfigError(f"clip is {self.clip!r}: give sigmas between 1e-6 and 1e6, or None for the row's maximum")
+                raise ConfigError(f"clip is {self.clip!r}: give 1e-6 to 1e6 sigmas, or None for the maximum")
             object.__setattr__(self, "clip", float(self.clip))
 
     @property
@@ -127,7 +129,7 @@ def parse_grid_spec(text: str) -> GridSpec:
     elif len(head) == 4 and head.startswith("int") and head[3] in "2345678":
         fields = {"kind": "int", "bits": int(head[3])}
     else:
-        raise ConfigError(f"grid {text!r} is unknown: start with int2..int8, fp8, bf16 or f32, as in 'int4' or 'fp8/none'")
+        raise ConfigError(f"grid {text!r} is unknown: use int2..int8, fp8, bf16 or f32, as in 'int4' or 'fp8/none'")
     seen: set[str] = set()
     for option in options:
         if option in GRID_SCALES:
@@ -197,8 +199,9 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
 def fp8_e4m3_bits(x: np.ndarray) -> np.ndarray:
     """uint8 bit patterns of the nearest e4m3 value of each float32: ties to even, saturating at +-448.
 
-    Source: OCP 8-bit floating point, E4M3: bias 7, subnormals in steps of 2**-9, no infinity, NaN = S.1111.111. Equal to
-    torch's cast to float8_e4m3fn after clamping to +-448 (torch's own cast gives NaN from 464 on). Minus zero stays minus zero.
+    Source: OCP 8-bit floating point, E4M3: bias 7, subnormals in steps of 2**-9, no infinity, NaN = S.1111.111. Equal
+    to torch's cast to float8_e4m3fn after clamping to +-448 (torch's own cast gives NaN from 464 on). Minus zero
+    stays minus zero.
 
     Numerics: NaN is not supported; callers refuse it first.
     """
@@ -206,8 +209,10 @@ def fp8_e4m3_bits(x: np.ndarray) -> np.ndarray:
     sign = ((x.view(np.uint32) >> np.uint32(24)) & np.uint32(0x80)).astype(np.uint8)
     magnitude = np.minimum(np.abs(x), np.float32(FP8_E4M3_MAX))
     bits = magnitude.view(np.uint32)
-    # Normal numbers: round the 23-bit mantissa to 3 bits (a carry runs into the exponent, as it should), then change the bias.
-    normal = ((bits + (np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1)))) >> np.uint32(20)) - np.uint32(120 << 3)
+    # Normal numbers: round the 23-bit mantissa to 3 bits (a carry runs into the exponent, as it should), then change
+    # the bias.
+    rounded = (bits + (np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1)))) >> np.uint32(20)
+    normal = rounded - np.uint32((127 - 7) << 3)
     # Below 2**-6 the grid is uniform; 8 steps of it are the smallest normal number, whose pattern is 8 as well.
     subnormal = np.rint(magnitude * np.float32(512.0)).astype(np.uint32)
     return sign | np.where(magnitude < np.float32(2.0**-6), subnormal, normal).astype(np.uint8)
@@ -225,8 +230,8 @@ def fp8_e4m3_values(codes: np.ndarray) -> np.ndarray:
 def rms_sigma(w_RC: np.ndarray) -> np.ndarray:
     """Root mean square of each row, float64 (R,), summed in a fixed order so that every backend gets the same bits.
 
-    Numerics: squares of float32 are exact in float64; the sum halves the row again and again (zero-padded to a power of two),
-    adding the upper half to the lower, which is elementwise and hence the same everywhere.
+    Numerics: squares of float32 are exact in float64; the sum halves the row again and again (zero-padded to a power
+    of two), adding the upper half to the lower, which is elementwise and hence the same everywhere.
     """
     n_columns = w_RC.shape[1]
     if n_columns == 0:
@@ -262,8 +267,8 @@ def grid_scales(w_RC: np.ndarray, spec: GridSpec) -> np.ndarray:
 def quantize(w: np.ndarray, spec: GridSpec, name: str = "tensor") -> QuantizedTensor:
     """Put a tensor on its grid.
 
-    Source: symmetric absmax quantization, q = clip(round(w / s), -qmax, qmax). Ours differs from the usual code in that s is
-    rounded to its stored type first, and in the bounds on s.
+    Source: symmetric absmax quantization, q = clip(round(w / s), -qmax, qmax). Ours differs from the usual code in
+    that s is rounded to its stored type first, and in the bounds on s.
 
     Args:
         w: any shape, any float type (cast to float32 first), finite.
@@ -276,8 +281,9 @@ def quantize(w: np.ndarray, spec: GridSpec, name: str = "tensor") -> QuantizedTe
     Raises:
         ArtifactError: w holds NaN or infinity, or is not of a float type.
 
-    Numerics: float32 division, rounding half to even. Integer codes of an all-zero row are 0 with scale GRID_SCALE_MIN. Rows
-    whose maximum is below qmax * GRID_SCALE_MIN use that same scale; weights beyond qmax * GRID_SCALE_MAX saturate.
+    Numerics: float32 division, rounding half to even. Integer codes of an all-zero row are 0 with scale
+    GRID_SCALE_MIN. Rows whose maximum is below qmax * GRID_SCALE_MIN use that same scale; weights beyond qmax *
+    GRID_SCALE_MAX saturate.
     """
     w = np.asarray(w)
     if w.dtype.kind != "f":

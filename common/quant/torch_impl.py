@@ -2,8 +2,8 @@
 
 Letters: R rows (first axis), C columns (all other axes flattened).
 
-Nothing here asks the device for a value (no .item(), no branch on data), so all of it can run inside a captured CUDA graph.
-Run it eagerly or captured, not through a compiler that replaces division by an approximate one.
+Nothing here asks the device for a value (no .item(), no branch on data), so all of it can run inside a captured CUDA
+graph. Run it eagerly or captured, not through a compiler that replaces division by an approximate one.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def quantize_torch(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """Codes and scales of a tensor on its grid, as grid.quantize gives them.
 
     Args:
-        w: any shape and float type (cast to float32 first), any device, finite (not checked: that would wait for the device;
-            a NaN shows up as a NaN scale or code, which save_artifact refuses).
+        w: any shape and float type (cast to float32 first), any device, finite (not checked: that would wait for the
+            device; a NaN shows up as a NaN scale or code, which save_artifact refuses).
         spec: the grid.
 
     Returns:
-        Codes of w's shape (int8 for "int", uint8 and uint16 bit patterns for "fp8_e4m3" and "bf16", float32 for "f32") and
-        float32 scales of (R,), (1,) or (0,) by spec.scale.
+        Codes of w's shape (int8 for "int", uint8 and uint16 bit patterns for "fp8_e4m3" and "bf16", float32 for
+        "f32") and float32 scales of (R,), (1,) or (0,) by spec.scale.
     """
     codes_RC, scales = _grid_codes_torch(w, spec)
     if spec.kind == "int":
@@ -90,13 +90,14 @@ def fake_quantize_torch(w: Tensor, spec: GridSpec, out: Tensor | None = None) ->
     Args:
         w: any shape and float type (cast to float32 first), any device. NaN gives NaN.
         spec: the grid.
-        out: None, or a preallocated tensor of w's shape that receives the values. If it is bfloat16, it receives the float32
-            grid value rounded to bfloat16: codes times scale may need more than 8 significant bits, so a model that computes
-            in bfloat16 must round the loaded artifact in the same way, as `model.load(...).bfloat16()` does.
+        out: None, or a preallocated tensor of w's shape that receives the values. If it is bfloat16, it receives the
+            float32 grid value rounded to bfloat16: codes times scale may need more than 8 significant bits, so a
+            model that computes in bfloat16 must round the loaded artifact in the same way, as
+            `model.load(...).bfloat16()` does.
 
     Returns:
-        `out`, or a new float32 tensor. No gradient flows through it: training keeps float32 masters apart and hands them the
-        gradient taken at this point (the straight-through rule).
+        `out`, or a new float32 tensor. No gradient flows through it: training keeps float32 masters apart and hands
+        them the gradient taken at this point (the straight-through rule).
     """
     codes_RC, scales = _grid_codes_torch(w, spec)
     values_RC = codes_RC.float()
