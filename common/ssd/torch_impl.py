@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def ssd_chunk_length(length: int, chunk_size: int) -> int:
@@ -280,7 +279,7 @@ class _SsdScan(torch.autograd.Function):
         return y_BTHP, final_BHPN
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy_BTHP, dfinal_BHPN):
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, run_BT, states, final, y_BTHP = ctx.saved_tensors
         chunk = ctx.chunk
