@@ -217,7 +217,7 @@ def open_source_file(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file; check the path.") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path.") from error
 
 
 def decompressed_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
