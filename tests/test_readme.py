@@ -80,7 +80,7 @@ def test_table_is_what_the_program_writes(tmp_path):
 
 
 SUMMARY = {
-    "val_bpb": 1.98765, "float_val_bpb": 1.98, "artifact_bytes": 812345, "total_bytes": 900000, "params": 3_000_000,
+    "val_bpb": 1.98768, "float_val_bpb": 1.98, "artifact_bytes": 812345, "total_bytes": 900000, "params": 3_000_000,
     "tokens": 1_048_576, "train_s": 241.7, "val_bytes": 1_234_567, "seed": 42,
 }  # fmt: skip
 
