@@ -45,7 +45,7 @@ ARTIFACT_PREFIX = struct.Struct("<8sBBIIQ")
 ARTIFACT_MAX_FILE_BYTES = 1 << 32
 ARTIFACT_MAX_HEADER_BYTES = 1 << 20
 ARTIFACT_MAX_ELEMENTS = 1 << 31
-ARTIFACT_FREE_ELEMENTS = 1 << 26
+ARTIFACT_FREE_ELEMENTS = 1 << 24
 ARTIFACT_MAX_ELEMENTS_PER_BYTE = 64
 ARTIFACT_MAX_AXES = 8
 ARTIFACT_MAX_NAME_BYTES = 512
@@ -463,9 +463,12 @@ def _parse_grids(header: Mapping[str, object]) -> list[GridSpec]:
     grids = []
     for row in _header_rows(header, "grids", 5):
         try:
-            grids.append(GridSpec(*row))
+            spec = GridSpec(*row)
         except ConfigError as error:
             raise ArtifactError(f"the header's grid {row!r:.80} is unknown: {error}") from error
+        if [spec.kind, spec.bits, spec.scale] != row[:3]:  # defaults are for programs, not for files
+            raise ArtifactError(f"the header's grid {row!r:.80} leaves a field out")
+        grids.append(spec)
     return grids
 
 

@@ -33,7 +33,8 @@ GRID_SCALE_MAX = 2.0**118
 FP8_E4M3_MAX = 448.0
 BF16_MAX = float(np.uint32(0x7F7F0000).view(np.float32))
 
-_GRID_KIND_BITS = {"fp8_e4m3": 8, "bf16": 16, "f32": 32}
+# What GridSpec(kind) alone means: bits and scale.
+_GRID_KIND_DEFAULTS = {"int": (4, "row"), "fp8_e4m3": (8, "row"), "bf16": (16, "none"), "f32": (32, "none")}
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class GridSpec:
     Args:
         kind: "int": symmetric integers -qmax..qmax, qmax = 2**(bits-1) - 1, times a scale; "fp8_e4m3": 8-bit floats
             (4 exponent bits, 3 mantissa bits, no infinity) times a scale; "bf16" and "f32": that type itself.
-        bits: nominal width of a code: 2..8 for "int", else 8, 16, 32. The bits that a code costs are decided by the
-            entropy coder; what decides loss and size is the step, scale / sigma.
-        scale: "row" (one scale for each index of the first axis), "tensor" (one), or "none" (codes are the values).
+        bits: nominal width of a code: 2..8 for "int", else 8, 16, 32; 0 becomes 4 for "int", else the kind's width. What
+            a code costs is decided by the entropy coder; what decides loss and size is the step, scale / sigma.
+        scale: "row" (one scale for each index of the first axis), "tensor" (one), or "none" (codes are the values); ""
+            becomes "none" for "bf16" and "f32", else "row".
         scale_dtype: type in which scales are stored, and to which they are rounded before they are used.
         clip: None: the largest magnitude of the row maps to the largest code. c > 0: c times the row's sigma does,
             larger weights saturate; sigma is the root mean square. The step is then clip / qmax sigmas: any step can
@@ -56,27 +58,30 @@ class GridSpec:
     """
 
     kind: str = "int"
-    bits: int = 4
-    scale: str = "row"
+    bits: int = 0
+    scale: str = ""
     scale_dtype: str = "bf16"
     clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in GRID_KINDS:
             raise ConfigError(f"grid kind {self.kind!r} is unknown: use one of {', '.join(GRID_KINDS)}")
+        kind_bits, kind_scale = _GRID_KIND_DEFAULTS[self.kind]
+        if type(self.bits) is not int:
+            raise ConfigError(f"grid bits is {self.bits!r}: give a whole number")
+        object.__setattr__(self, "bits", self.bits or kind_bits)
+        object.__setattr__(self, "scale", self.scale or kind_scale)
         if self.scale not in GRID_SCALES:
             raise ConfigError(f"grid scale {self.scale!r} is unknown: use one of {', '.join(GRID_SCALES)}")
         if self.scale_dtype not in GRID_SCALE_DTYPES:
             raise ConfigError(f"scale dtype {self.scale_dtype!r} is unknown: use one of {', '.join(GRID_SCALE_DTYPES)}")
-        if type(self.bits) is not int:
-            raise ConfigError(f"grid bits is {self.bits!r}: give a whole number")
         if self.kind == "int":
             if not 2 <= self.bits <= 8:
                 raise ConfigError(f"an integer grid of {self.bits} bits is not supported: use 2 to 8")
             if self.scale == "none":
                 raise ConfigError("an integer grid needs a scale: use scale='row' or scale='tensor'")
-        elif self.bits != _GRID_KIND_BITS[self.kind]:
-            raise ConfigError(f"grid kind {self.kind!r} has {_GRID_KIND_BITS[self.kind]} bits, got {self.bits}")
+        elif self.bits != kind_bits:
+            raise ConfigError(f"grid kind {self.kind!r} has {kind_bits} bits, got {self.bits}")
         if self.kind in ("bf16", "f32") and self.scale != "none":
             raise ConfigError(f"grid kind {self.kind!r} has no scale: use scale='none', got {self.scale!r}")
         if self.clip is not None:
@@ -106,10 +111,10 @@ class GridSpec:
         return "/".join(parts)
 
 
-BF16_GRID = GridSpec("bf16", 16, "none")
-F32_GRID = GridSpec("f32", 32, "none")
-FP8_UNSCALED_GRID = GridSpec("fp8_e4m3", 8, "none")
-FP8_ROW_GRID = GridSpec("fp8_e4m3", 8, "row")
+BF16_GRID = GridSpec("bf16")
+F32_GRID = GridSpec("f32")
+FP8_ROW_GRID = GridSpec("fp8_e4m3")
+FP8_UNSCALED_GRID = GridSpec("fp8_e4m3", scale="none")
 
 
 def parse_grid_spec(text: str) -> GridSpec:
@@ -123,9 +128,9 @@ def parse_grid_spec(text: str) -> GridSpec:
     """
     head, *options = text.split("/")
     if head in ("bf16", "f32"):
-        fields: dict[str, object] = {"kind": head, "bits": _GRID_KIND_BITS[head], "scale": "none"}
+        fields: dict[str, object] = {"kind": head}
     elif head == "fp8":
-        fields = {"kind": "fp8_e4m3", "bits": 8}
+        fields = {"kind": "fp8_e4m3"}
     elif len(head) == 4 and head.startswith("int") and head[3] in "2345678":
         fields = {"kind": "int", "bits": int(head[3])}
     else:
