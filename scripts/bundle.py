@@ -32,6 +32,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.artifact.budget import CHALLENGE_BUDGET_BYTES, check_budget
 from common.errors import ConfigError, DataError, GolfError
 from common.text.shards import write_shard
@@ -461,9 +463,7 @@ def observe(script: Path, cwd: Path, work: Path, preset_name: str | None) -> dic
     run = work / "runs" / "check"
     artifact = run / "model.artifact"
     val = str(work / "data" / "*_val_*.bin")
-    score = run_entry(
-        script, cwd, ["--score", str(artifact), "--val", val, "--device", "cpu", "--kernels", "torch"]
-    )
+    score = run_entry(script, cwd, ["--score", str(artifact), "--val", val, "--device", "cpu", "--kernels", "torch"])
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     config = {name: value for name, value in summary["config"].items() if name not in ("data_path", "runs_dir")}
     names = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "float_val_bpb", "params", "steps", "temperature")
@@ -488,14 +488,13 @@ def differences(readable: Any, bundled: Any, where: str = "") -> list[str]:
 
 def write_tiny_data(folder: Path) -> None:
     """Byte shards of this script's own text, as documents, two for validation."""
-    import numpy as np
-
     tokenizer = load_tokenizer("byte")
     text = Path(__file__).read_text(encoding="utf-8")
-    documents = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(part)]) for part in text.split("\n\n\n")]
+    begin = np.full(1, tokenizer.bos_id, dtype=np.uint16)
+    documents = [np.concatenate([begin, tokenizer.encode(part)]) for part in text.split("\n\n\n")]
     folder.mkdir(parents=True)
-    write_shard(folder / "check_val_000000.bin", np.concatenate(documents[:2]).astype(np.uint16))
-    write_shard(folder / "check_train_000000.bin", np.concatenate(documents[2:]).astype(np.uint16))
+    write_shard(folder / "check_val_000000.bin", np.concatenate(documents[:2]))
+    write_shard(folder / "check_train_000000.bin", np.concatenate(documents[2:]))
 
 
 def check(train_gpt: Path, preset_name: str) -> dict[str, Any]:
@@ -531,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--github_id", default=None, help="github_id in submission.json")
     parser.add_argument("--track", default="track_non_record_16mb", help="track in submission.json")
     parser.add_argument("--date", default=None, help="date in submission.json (default: of the newest run)")
-    blurb = "Mamba-2 language model, JEPA and SIGReg as training-only objectives, weights trained on their grid."
+    blurb = "Mamba-2 language model; JEPA and SIGReg in training only; weights trained on their grid."
     parser.add_argument("--blurb", default=blurb, help="blurb in submission.json")
     arguments = parser.parse_args(argv)
     about = {name: getattr(arguments, name) for name in ("name", "author", "github_id", "blurb", "date", "track")}
@@ -542,7 +541,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if record["bytes_total"] is None:
             print("submission.json has no score: name finished runs with --runs (make bundle RUNS='runs/a runs/b')")
         else:
-            print(f"val_bpb {record['val_bpb']:.5f} over seeds {record['seeds']}, {record['bytes_total']:,} bytes in all")
+            print(
+                f"val_bpb {record['val_bpb']:.5f} over seeds {record['seeds']}; {record['bytes_total']:,} bytes in all"
+            )
             check_budget(record["bytes_total"])
         if arguments.check:
             seen = check(arguments.out / "train_gpt.py", arguments.preset)
