@@ -24,6 +24,7 @@ import difflib
 import fcntl
 import hashlib
 import heapq
+import itertools
 import json
 import multiprocessing
 import os
@@ -51,7 +52,6 @@ from common.text.sources import (
     FINEWEB_VARIANTS,
     HubFolder,
     MirrorFolder,
-    RemoteFile,
     RemoteFolder,
     TextSource,
     fetch_remote_file,
@@ -167,7 +167,7 @@ def split_documents(
     Reading ends at the first training document that would exceed `max_train_bytes`.
     """
     seen = HashTable()
-    used_bytes = dict.fromkeys(SPLITS, 0)
+    used_bytes: dict[str, int] = {"train": 0, "val": 0}
     parts = ((val_source, 1.0), (source, 0.0)) if val_source is not None else ((source, val_fraction),)
     for part, fraction in parts:
         for text in part:
@@ -247,7 +247,7 @@ class Encoder:
             if self._tokenizer.lossless and decoded[-1] != original[-1]:
                 raise TokenizerError(
                     f"{self._tokenizer.name} counts {decoded[-1]} bytes for a document of {original[-1]} that starts "
-                    f"{text[:40]!r}, expected equal for a lossless tokenizer; use another tokenizer and report this text."
+                    f"{text[:40]!r}, expected equal for a lossless tokenizer; use another one and report this text."
                 )
         counts = np.array([len(tokens) for tokens in encoded], dtype=np.int64)
         return EncodedBatch(counts, np.concatenate(encoded), np.array(original), np.array(decoded))
@@ -263,8 +263,9 @@ def stream_bytes(table: ByteTable, bos_id: int | None, tokens_N: np.ndarray, pre
         first = int(table.base_bytes_V[tokens_N[0]])
         first += int(table.has_space_V[tokens_N[0]] and not table.is_boundary_V.any())
         return first + int(token_bytes(table, tokens_N[:-1], tokens_N[1:]).sum())
-    before = bos_id if previous is None else previous
-    return int(token_bytes(table, np.concatenate([[before], tokens_N[:-1]]), tokens_N).sum())
+    before_N = np.roll(tokens_N, 1)
+    before_N[0] = bos_id if previous is None else previous
+    return int(token_bytes(table, before_N, tokens_N).sum())
 
 
 _worker_encoder: Encoder | None = None
@@ -344,8 +345,8 @@ class Progress:
 
         console = Console(stderr=True)
         self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal, transient=True,
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
         )  # fmt: skip
 
     @contextmanager
@@ -396,14 +397,14 @@ def read_manifest(folder: Path) -> dict:
         raise DataError(f"{path}: cannot be read ({error}); make the folder again with --overwrite.") from error
     got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if got != MANIFEST_FORMAT:
-        raise DataError(f"{path}: format {got!r}, expected {MANIFEST_FORMAT!r}; make the folder again with --overwrite.")
+        raise DataError(f"{path}: format {got!r}, expected {MANIFEST_FORMAT!r}; make it again with --overwrite.")
     return manifest
 
 
 def publish(partial: Path, out: Path) -> None:
     """Move a finished staging folder's files into place, the manifest last.
 
-    Whatever point it is killed at, the staging folder still holds the manifest, and calling it again completes the move.
+    Wherever it is killed, the staging folder still holds the manifest, and calling it again completes the move.
     """
     manifest = json.loads((partial / MANIFEST_NAME).read_text())
     (out / MANIFEST_NAME).unlink(missing_ok=True)
@@ -462,7 +463,8 @@ def staging_folder(out: Path, settings: dict, *, overwrite: bool, keep_downloads
                 if old.get(key) != settings.get(key)
             )
             raise ConfigError(
-                f"--out {out}: prepared with other settings ({changed}); choose another folder, or replace it with --overwrite."
+                f"--out {out}: prepared with other settings ({changed}); choose another folder, or replace it with "
+                "--overwrite."
             )
     elif others and not partial.exists() and not overwrite:
         raise ConfigError(
@@ -474,7 +476,7 @@ def staging_folder(out: Path, settings: dict, *, overwrite: bool, keep_downloads
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"--out {out}: another run is writing it; wait for it or choose another folder.") from error
+            raise ConfigError(f"--out {out}: another run is writing it; wait or choose another folder.") from error
         marker = partial / "settings.json"
         wanted = json.dumps(settings, sort_keys=True).encode()
         same = marker.exists() and marker.read_bytes() == wanted
@@ -499,7 +501,7 @@ class SplitWriter:
         self.shards = ShardWriter(lambda index: folder / f"{name}_{split}_{index:06d}.bin", shard_tokens=shard_tokens)
         self._hashes = open(folder / f"{split}.hashes", "wb")  # noqa: SIM115 - closed in entry or abort
         self.documents = 0
-        self.original_bytes: int | None = 0
+        self.original_bytes = 0
         self.decoded_bytes = 0
 
     def add_hash(self, digest: bytes) -> None:
@@ -513,7 +515,8 @@ class SplitWriter:
         self._hashes.close()
 
     def entry(self, shards: list[tuple[Path, int]] | None = None) -> dict:
-        """Finish, and describe the split for the manifest."""
+        """Finish, and describe the split for the manifest; `shards` (path, tokens) if others wrote them."""
+        from_text = shards is None
         self.shards.close()
         self._hashes.close()
         path = self._folder / f"{self._split}.hashes"
@@ -522,7 +525,7 @@ class SplitWriter:
         return {
             "documents": self.documents,
             "tokens": sum(count for _, count in shards),
-            "original_bytes": self.original_bytes,
+            "original_bytes": self.original_bytes if from_text else None,
             "decoded_bytes": self.decoded_bytes,
             "hashes": path.name,
             "hashes_sha256": digest,
@@ -648,8 +651,10 @@ def shard_documents(paths: Iterable[Path], bos_id: int | None) -> Iterator[tuple
                 fresh = False
                 continue
             starts = np.flatnonzero(piece == bos_id)
-            bounds = [0, *starts.tolist(), len(piece)] if not len(starts) or starts[0] else [*starts.tolist(), len(piece)]
-            for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+            bounds = [*starts.tolist(), len(piece)]
+            if bounds[0] > 0:
+                bounds.insert(0, 0)
+            for low, high in itertools.pairwise(bounds):
                 yield piece[low:high], fresh or int(piece[low]) == bos_id
                 fresh = False
 
@@ -696,10 +701,10 @@ def prepare_from_shards(args: argparse.Namespace, remote: RemoteFolder, partial:
     with progress.bar("counting", total_bytes) as show:
         for split in SPLITS:
             writer = SplitWriter(partial, settings["name"], split, args.shard_tokens)
-            writer.original_bytes = None
             try:
                 for tokens in whole_documents(paths[split], tokenizer.bos_id):
-                    check_tokens(tokens, tokenizer.vocab_size, f"{split} shards of {args.source}, document {writer.documents}")
+                    place = f"{split} shards of {args.source}, document {writer.documents}"
+                    check_tokens(tokens, tokenizer.vocab_size, place)
                     writer.add_hash(token_document_hash(tokens))
                     writer.decoded_bytes += stream_bytes(table, tokenizer.bos_id, tokens)
                     done_tokens += len(tokens)
@@ -849,28 +854,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[0], epilog=(__doc__ or "").partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--source", metavar="WHAT", help="stdlib, a file, a folder, or fineweb:VARIANT with VARIANT one of "
-                        f"{', '.join(FINEWEB_VARIANTS)} (published shards) or docs (published text)")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--check", type=Path, metavar="DIR", help="verify a prepared folder and prove its splits disjoint")
-    parser.add_argument("--tokenizer", metavar="WHAT", help="byte (default), bpe (trained on the training split; lossless), "
-                        "or the path of a SentencePiece .model")  # fmt: skip
-    parser.add_argument("--vocab-size", type=positive, metavar="N", help="entries to train (bpe: default 1024)")
-    parser.add_argument("--tokenizer-sample-bytes", type=byte_count, default=20_000_000, metavar="N",
-                        help="text that the tokenizer is trained on, about (default 20M)")  # fmt: skip
-    parser.add_argument("--val-fraction", type=fraction, metavar="F", help="share of documents for validation (default 0.05)")
-    parser.add_argument("--val-source", metavar="WHAT", help="take validation from here; equal training documents are dropped")
-    parser.add_argument("--max-train-bytes", type=byte_count, metavar="N", help="stop reading at this much training text")
-    parser.add_argument("--max-val-bytes", type=byte_count, metavar="N", help="drop validation documents beyond this much text")
-    parser.add_argument("--text-field", default="text", metavar="KEY", help="key or column of the text (default text)")
-    parser.add_argument("--document-bytes", type=byte_count, metavar="N", help="cut plain text files into documents of N bytes")
-    parser.add_argument("--name", metavar="NAME", help="first part of the shards' names (default: from the source)")
-    parser.add_argument("--shard-tokens", type=positive, default=SHARD_TOKENS_DEFAULT, metavar="N", help="tokens of a shard")
-    parser.add_argument("--train-shards", type=positive, metavar="N", help="fineweb: only the first N training shards")
-    parser.add_argument("--mirror", metavar="DIR", help="fineweb: a local copy of the data repository instead of the hub")
-    parser.add_argument("--strict", action="store_true", help="undecodable text is an error instead of being skipped")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder prepared with other settings")
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: all cores)")
+    add = parser.add_argument
+    add("--source", metavar="WHAT", help="stdlib, a file, a folder, or fineweb:VARIANT with VARIANT one of "
+        f"{', '.join(FINEWEB_VARIANTS)} (published shards) or docs (published text)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="folder to write")
+    add("--check", type=Path, metavar="DIR", help="verify a prepared folder, prove its splits disjoint")
+    add("--tokenizer", metavar="WHAT", help="byte (default), bpe (trained on the training split; lossless), "
+        "or the path of a SentencePiece .model")  # fmt: skip
+    add("--vocab-size", type=positive, metavar="N", help="entries to train (bpe: default 1024)")
+    add("--tokenizer-sample-bytes", type=byte_count, default=20_000_000, metavar="N",
+        help="text that the tokenizer is trained on, about (default 20M)")  # fmt: skip
+    add("--val-fraction", type=fraction, metavar="F", help="share of documents for validation (default 0.05)")
+    add("--val-source", metavar="WHAT", help="take validation from here; equal training documents are dropped")
+    add("--max-train-bytes", type=byte_count, metavar="N", help="stop reading at this much training text")
+    add("--max-val-bytes", type=byte_count, metavar="N", help="drop validation documents beyond this much text")
+    add("--text-field", default="text", metavar="KEY", help="key or column of the text (default text)")
+    add("--document-bytes", type=byte_count, metavar="N", help="cut plain text files into documents of N bytes")
+    add("--name", metavar="NAME", help="first part of the shards' names (default: from the source)")
+    add("--shard-tokens", type=positive, default=SHARD_TOKENS_DEFAULT, metavar="N", help="tokens of a shard")
+    add("--train-shards", type=positive, metavar="N", help="fineweb: only the first N training shards")
+    add("--mirror", metavar="DIR", help="fineweb: a local copy of the data repository instead of the hub")
+    add("--strict", action="store_true", help="undecodable text is an error instead of being skipped")
+    add("--overwrite", action="store_true", help="replace a folder prepared with other settings")
+    add("--workers", type=positive, metavar="N", help="processes (default: all cores)")
     args = parser.parse_args(argv)
     if args.check is not None:
         if args.source or args.out:
@@ -907,7 +913,7 @@ def cross_check(args: argparse.Namespace) -> None:
                     "leave it out, or tokenize the text yourself with --source fineweb:docs."
                 )
     elif args.train_shards is not None:
-        raise ConfigError(f"--train-shards with --source {args.source}: only for published shards; use --max-train-bytes.")
+        raise ConfigError(f"--train-shards with --source {args.source}: not published shards; use --max-train-bytes.")
     if args.mirror is not None and not args.source.startswith("fineweb:"):
         raise ConfigError(f"--mirror with --source {args.source}: only for fineweb:VARIANT; leave it out.")
     if args.val_source is not None and args.val_fraction is not None:
@@ -915,7 +921,7 @@ def cross_check(args: argparse.Namespace) -> None:
     if args.val_source is not None and args.val_source.startswith("fineweb:"):
         raise ConfigError(f"--val-source {args.val_source}: expected stdlib, a file or a folder; download it first.")
     if args.vocab_size is not None and args.tokenizer in (None, "byte"):
-        raise ConfigError(f"--vocab-size {args.vocab_size} with the byte tokenizer, which has 256; add --tokenizer bpe.")
+        raise ConfigError(f"--vocab-size {args.vocab_size} with the byte tokenizer; add --tokenizer bpe.")
     if args.name is not None and not re.fullmatch(r"\w[\w-]*", args.name, flags=re.ASCII):
         raise ConfigError(f"--name {args.name!r}: expected letters, digits, _ and - only; choose another.")
 
@@ -923,14 +929,15 @@ def cross_check(args: argparse.Namespace) -> None:
 def summary_lines(manifest: dict, out: Path) -> list[str]:
     """What was made, for people."""
     tokenizer = manifest["tokenizer"]
-    lines = [f"{out}: {tokenizer['name']} ({'lossless' if tokenizer['lossless'] else 'LOSSY'}), {manifest['name']}_*.bin"]
+    loss = "lossless" if tokenizer["lossless"] else "LOSSY"
+    lines = [f"{out}: {tokenizer['name']} ({loss}), {manifest['name']}_*.bin"]
     for split in SPLITS:
         facts = manifest["splits"][split]
         n_bytes = facts["decoded_bytes"] if facts["original_bytes"] is None else facts["original_bytes"]
         kind = "decoded" if facts["original_bytes"] is None else "original"
         lines.append(
-            f"  {split:5}  {facts['documents']:>12,} documents  {facts['tokens']:>14,} tokens  {n_bytes:>15,} {kind} bytes"
-            f"  {n_bytes / facts['tokens']:.3f} bytes/token  {len(facts['shards'])} shards"
+            f"  {split:5}  {facts['documents']:>12,} documents  {facts['tokens']:>14,} tokens  "
+            f"{n_bytes:>15,} {kind} bytes  {n_bytes / facts['tokens']:.3f} bytes/token  {len(facts['shards'])} shards"
         )
     if manifest.get("duplicates_dropped"):
         lines.append(f"  {manifest['duplicates_dropped']:,} exact duplicates dropped")
@@ -979,7 +986,7 @@ def prepare(args: argparse.Namespace, remote: RemoteFolder | None = None) -> dic
     settings |= {
         "name": args.name or ("fineweb" if kind == "fineweb" else source.name),
         "source_fingerprint": source.fingerprint(),
-        "val_source": None if val_source is None else Path(args.val_source).name,
+        "val_source": None if val_source is None else Path(str(args.val_source)).name,
         "val_source_fingerprint": None if val_source is None else val_source.fingerprint(),
         "val_fraction": args.val_fraction if val_source is None else None,
         "tokenizer": args.tokenizer if tokenizer is None else tokenizer.sha256,
@@ -1002,7 +1009,7 @@ def fetch_documents(remote: RemoteFolder, folder: Path, progress: Progress) -> P
     """Download the published text itself to beside the output folder."""
     found = [file for file in remote.files() if file.path == FINEWEB_DOCS_FILE]
     if not found:
-        raise DataError(f"no {FINEWEB_DOCS_FILE} there, expected the published documents; give a whole copy with --mirror.")
+        raise DataError(f"no {FINEWEB_DOCS_FILE} there, expected the published text; give a whole copy with --mirror.")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / Path(FINEWEB_DOCS_FILE).name
     with progress.bar("downloading documents", found[0].size_bytes):
@@ -1030,10 +1037,11 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(argv)
         if args.check is not None:
             facts = check_disjoint(args.check)
-            how = "recomputed from the shards" if facts["hashes_recomputed"] else "as recorded when the shards were made"
+            how = "recomputed from the shards" if facts["hashes_recomputed"] else "as recorded when made"
             print(
                 f"{args.check}: files match the manifest; {facts['train_documents']:,} training and "
-                f"{facts['val_documents']:,} validation documents (hashes {how}); {facts['documents_in_both']:,} in both."
+                f"{facts['val_documents']:,} validation documents (hashes {how}); "
+                f"{facts['documents_in_both']:,} in both."
             )
         else:
             prepare(args)

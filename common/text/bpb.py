@@ -1,9 +1,8 @@
 """Bits per byte: how many bytes of text each token stands for, and the score that follows.
 
 The challenge's rule: a token counts the UTF-8 bytes of its piece without the leading space mark, plus one for that
-space unless the previous token is a control, unknown or unused entry (after the beginning of a document the tokenizer's
-dummy prefix is no text); byte entries count one, control entries none. For a tokenizer without a dummy prefix a leading
-space after the beginning of a document is real text and counts.
+space unless the previous token is a control, unknown or unused entry (decoding drops a document's first space); byte
+entries count one, control entries none. For a tokenizer that keeps a document's first space, that space counts too.
 
 The sum over a document is the byte length of its *decoded* text; that is the original's length only if the tokenizer is
 lossless. Unknown entries count nothing, which can only make a score worse.
@@ -40,7 +39,7 @@ class ByteTable:
 def byte_table(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> ByteTable:
     """The byte table of a tokenizer."""
     base_bytes_V, has_space_V, is_control_V = tokenizer.piece_bytes()
-    is_boundary_V = is_control_V if tokenizer.dummy_prefix else np.zeros_like(is_control_V)
+    is_boundary_V = is_control_V if tokenizer.strips_first_space else np.zeros_like(is_control_V)
     return ByteTable(base_bytes_V.astype(np.int64), has_space_V, is_boundary_V, tokenizer.lossless)
 
 

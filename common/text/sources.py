@@ -246,7 +246,7 @@ def decompressed_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def zstd_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstd file of one or more frames; refuses a last frame that is cut off, which a plain reader accepts."""
+    """Lines of a zstd file of one or more frames; unlike a plain reader, refuses a last frame that is cut off."""
     import zstandard
 
     pending = io.BytesIO()
@@ -423,8 +423,8 @@ class HubFolder:
     def _failure(self, what: str, error: Exception) -> str:
         return (
             f"{self._repository}: cannot download {what} ({type(error).__name__}: {error}); expected a reachable data "
-            "set repository: check the network and run the same command again, it continues where it stopped; or give a "
-            "local copy with --mirror FOLDER."
+            "set repository: check the network and run the same command again (it continues where it stopped), or give "
+            "a local copy with --mirror FOLDER."
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ BYTE_BOS_ID = 255  # 0xFF occurs in no valid UTF-8 text
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character and cannot tell the two apart
 MAX_VOCAB_SIZE = 65536  # shards hold uint16
 TRAINER_CHUNK_CHARS = 1000  # one "sentence" of the trainer: whole lines up to this length, newlines inside
+TRAINER_MIN_COVERAGE = 0.98
 TRAINER_THREADS = 4  # written into the model file: a constant keeps its hash the same on every machine
 
 # Texts that a normalizer, a dummy prefix, a missing byte fallback or SentencePiece's own space mark would change.
@@ -60,12 +62,17 @@ def utf8_of_text(text: str) -> bytes:
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte, and 255 as the beginning of a document. Lossless, 256 entries, no file."""
+    """One token per UTF-8 byte, and 255 as the beginning of a document. Lossless, 256 entries, no file.
+
+    Attributes, of both tokenizers: `name`, `vocab_size`, `bos_id` (None if there is none), `lossless`, `sha256` of what
+    defines it, and `strips_first_space`: whether decode drops the first token's leading space.
+    """
 
     name = "byte"
     vocab_size = 256
     bos_id: int | None = BYTE_BOS_ID
     lossless = True
+    strips_first_space = False
     sha256 = hashlib.sha256(b"tokens are UTF-8 bytes; 255 begins a document").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -81,11 +88,6 @@ class ByteTokenizer:
         """See `SentencePieceTokenizer.piece_bytes`."""
         is_control_V = np.arange(self.vocab_size) == BYTE_BOS_ID
         return np.where(is_control_V, 0, 1), np.zeros(self.vocab_size, dtype=bool), is_control_V
-
-    @property
-    def dummy_prefix(self) -> bool:
-        """Whether encode puts a space before every text, which decode takes away again: no."""
-        return False
 
 
 class SentencePieceTokenizer:
@@ -129,7 +131,7 @@ class SentencePieceTokenizer:
                 f"{path}: encodes 'a' as {probe}, with the space mark as a suffix; expected a model trained without "
                 "treat_whitespace_as_suffix, because bytes could not be counted: train another."
             )
-        self.dummy_prefix: bool = probe[0].startswith(SPACE_MARK)
+        self.strips_first_space: bool = self._strips_first_space()
         self.name = f"sentencepiece_{self.vocab_size}"
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         bos_id = self._processor.bos_id()
@@ -137,7 +139,7 @@ class SentencePieceTokenizer:
         # A literal space mark in the text would come back as a space. Its three byte tokens come back as themselves.
         mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         has_bytes = all(self._processor.is_byte(token) for token in mark_ids)
-        self._mark_ids = mark_ids if has_bytes and not self.dummy_prefix else None
+        self._mark_ids = mark_ids if has_bytes and not self.strips_first_space else None
         self.lossless: bool = all(self.decode(self.encode(text)) == text for text in LOSSLESS_PROBES)
         if not self.lossless:
             self._mark_ids = None  # the model as others use it
@@ -156,6 +158,14 @@ class SentencePieceTokenizer:
     def decode(self, tokens_N) -> str:
         """Text of tokens in [0, vocab_size); control tokens are dropped, bytes that form no UTF-8 become U+FFFD."""
         return self._processor.decode(checked_ids(tokens_N, self.vocab_size).tolist())
+
+    def _strips_first_space(self) -> bool:
+        """Whether a text's first space mark is no text: decode drops a dummy prefix, or has stripped texts before."""
+        sp = self._processor
+        for token in range(self.vocab_size):
+            if sp.id_to_piece(token).startswith(SPACE_MARK) and not sp.is_control(token):
+                return not sp.decode([token]).startswith(" ")
+        return False
 
     def piece_bytes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What each entry adds to the text.
@@ -267,10 +277,17 @@ def train_sentencepiece(
     counts: Counter[str] = Counter()
     for chunk in chunks:
         counts.update(chunk)
-    kept = sorted(counts.values(), reverse=True)[: (vocab_size - 260) // 2]
-    total = sum(counts.values())
+    total = counts.total()
     if total == 0:
         raise TokenizerError("no text to train a tokenizer on, expected at least a few kilobytes; check the source.")
+    kept = sorted(counts, key=lambda c: (-counts[c], c))[: (vocab_size - 260) // 2]
+    character_coverage = min(character_coverage, sum(counts[c] for c in kept) / total)
+    if character_coverage < TRAINER_MIN_COVERAGE:  # the trainer takes no less, so the rare characters are cut out here
+        rare = re.compile(f"[^{re.escape(''.join(kept))}]+")
+        chunks = [part for chunk in chunks for part in rare.split(chunk) if part]
+        character_coverage = 1.0
+    # Without an entry of its own a space would be spelled as the bytes of the space mark, and decode as the mark.
+    rare_space = counts[" "] < 0.05 * total
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -284,7 +301,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             byte_fallback=True,
-            character_coverage=min(character_coverage, sum(kept) / total),
+            character_coverage=character_coverage,
             pad_id=TOKENIZER_PAD_ID,
             bos_id=TOKENIZER_BOS_ID,
             eos_id=TOKENIZER_EOS_ID,
@@ -294,6 +311,7 @@ def train_sentencepiece(
             shuffle_input_sentence=False,
             num_threads=TRAINER_THREADS,
             minloglevel=2,
+            **({"required_chars": SPACE_MARK} if rare_space else {}),
         )
     except RuntimeError as error:
         raise TokenizerError(
