@@ -171,7 +171,7 @@ class Muon(torch.optim.Optimizer):
             if own:
                 block_BMN = torch.stack([block for _, block, _ in own])
                 if normalize_rows:
-                    block_BMN = block_BMN * torch.rsqrt(block_BMN.square().mean(dim=2, keepdim=True) + 1e-12)
+                    block_BMN = block_BMN * torch.rsqrt(block_BMN.square().mean(dim=2, keepdim=True) + 1e-20)
                 done = newton_schulz_torch(block_BMN, steps, dtype=self._dtype)
             if ranks > 1:
                 done = self._gather(done, share, shape, entries[0][1], ranks)
