@@ -44,8 +44,8 @@ class GridSpec:
     Args:
         kind: "int": symmetric integers -qmax..qmax, qmax = 2**(bits-1) - 1, times a scale; "fp8_e4m3": 8-bit floats
             (4 exponent bits, 3 mantissa bits, no infinity) times a scale; "bf16" and "f32": that type itself.
-        bits: nominal width of a code: 2..8 for "int", else 8, 16, 32; 0 becomes 4 for "int", else the kind's width. What
-            a code costs is decided by the entropy coder; what decides loss and size is the step, scale / sigma.
+        bits: nominal width of a code: 2..8 for "int", else 8, 16, 32; 0 becomes 4 for "int", else the kind's width. The
+            entropy coder decides what a code costs; the step, scale / sigma, decides size and loss.
         scale: "row" (one scale for each index of the first axis), "tensor" (one), or "none" (codes are the values); ""
             becomes "none" for "bf16" and "f32", else "row".
         scale_dtype: type in which scales are stored, and to which they are rounded before they are used.
@@ -233,21 +233,27 @@ def fp8_e4m3_values(codes: np.ndarray) -> np.ndarray:
 
 
 def rms_sigma(w_RC: np.ndarray) -> np.ndarray:
-    """Root mean square of each row, float64 (R,), summed in a fixed order so that every backend gets the same bits.
+    """Root mean square of each row, float32 (R,), in operations that give every backend the same bits.
 
-    Numerics: squares of float32 are exact in float64; the sum halves the row again and again (zero-padded to a power
-    of two), adding the upper half to the lower, which is elementwise and hence the same everywhere.
+    Numerics: squares of float32 are exact in float64. The sum halves the row again and again (zero-padded to a power of
+    two), adding the upper half to the lower, which is elementwise and hence the same everywhere. Square roots are not
+    (torch's on CPU is not correctly rounded), so the library's one is only a guess: the result is the float32 s whose
+    neighbourhood holds the mean m, mid(previous, s)**2 < m <= mid(s, next)**2, and both squares are exact in float64.
     """
     n_columns = w_RC.shape[1]
     if n_columns == 0:
-        return np.zeros(w_RC.shape[0])
+        return np.zeros(w_RC.shape[0], np.float32)
     width = 1 << (n_columns - 1).bit_length()
     sums = np.zeros((w_RC.shape[0], width))
     np.square(w_RC, out=sums[:, :n_columns], dtype=np.float64)
     while width > 1:
         width //= 2
         sums = sums[:, :width] + sums[:, width:]
-    return np.sqrt(sums[:, 0] / n_columns)
+    mean = sums[:, 0] / n_columns
+    guess = np.sqrt(mean).astype(np.float32)
+    below, above = np.nextafter(guess, np.float32(0)), np.nextafter(guess, np.float32(np.inf))
+    lower_mid, upper_mid = (guess.astype(np.float64) + below) / 2, (guess.astype(np.float64) + above) / 2
+    return np.where(mean <= lower_mid * lower_mid, below, np.where(mean <= upper_mid * upper_mid, guess, above))
 
 
 def grid_scales(w_RC: np.ndarray, spec: GridSpec) -> np.ndarray:
@@ -261,7 +267,8 @@ def grid_scales(w_RC: np.ndarray, spec: GridSpec) -> np.ndarray:
     if spec.scale == "tensor":
         w_RC = w_RC.reshape(1, -1)
     if spec.clip is not None:
-        limit = (rms_sigma(w_RC) * spec.clip).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite: bounded below
+            limit = (rms_sigma(w_RC).astype(np.float64) * spec.clip).astype(np.float32)
     else:
         limit = np.abs(w_RC).max(axis=1, initial=np.float32(0))
     top = np.float32(spec.qmax if spec.kind == "int" else FP8_E4M3_MAX)

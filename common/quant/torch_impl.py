@@ -15,17 +15,23 @@ from common.quant.grid import BF16_MAX, FP8_E4M3_MAX, GRID_SCALE_MAX, GRID_SCALE
 
 
 def rms_sigma_torch(w_RC: Tensor) -> Tensor:
-    """Root mean square of each row, float64 (R,), in the summation order of grid.rms_sigma."""
+    """Root mean square of each row, float32 (R,), as grid.rms_sigma defines it."""
     n_rows, n_columns = w_RC.shape
     if n_columns == 0:
-        return w_RC.new_zeros(n_rows, dtype=torch.float64)
+        return w_RC.new_zeros(n_rows)
     width = 1 << (n_columns - 1).bit_length()
     sums = w_RC.new_zeros((n_rows, width), dtype=torch.float64)
     sums[:, :n_columns] = w_RC.double().square()
     while width > 1:
         width //= 2
         sums = sums[:, :width] + sums[:, width:]
-    return (sums[:, 0] / n_columns).sqrt()
+    # Divisors are tensors on the device: by a Python number CUDA multiplies with its reciprocal, which rounds otherwise.
+    mean = sums[:, 0] / sums.new_full((1,), float(n_columns))
+    guess = mean.sqrt().float()
+    below = torch.nextafter(guess, torch.zeros_like(guess))
+    above = torch.nextafter(guess, torch.full_like(guess, float("inf")))
+    lower_mid, upper_mid = (guess.double() + below) / 2, (guess.double() + above) / 2
+    return torch.where(mean <= lower_mid * lower_mid, below, torch.where(mean <= upper_mid * upper_mid, guess, above))
 
 
 def grid_scales_torch(w_RC: Tensor, spec: GridSpec) -> Tensor:
@@ -35,12 +41,13 @@ def grid_scales_torch(w_RC: Tensor, spec: GridSpec) -> Tensor:
     if spec.scale == "tensor":
         w_RC = w_RC.reshape(1, -1)
     if spec.clip is not None:
-        limit = (rms_sigma_torch(w_RC) * spec.clip).float()
+        limit = (rms_sigma_torch(w_RC).double() * spec.clip).float()
     elif w_RC.shape[1] == 0:
         limit = w_RC.new_zeros(w_RC.shape[0])
     else:
         limit = w_RC.abs().amax(dim=1)
-    scales = (limit / float(spec.qmax if spec.kind == "int" else FP8_E4M3_MAX)).clamp(GRID_SCALE_MIN, GRID_SCALE_MAX)
+    top = limit.new_full((1,), float(spec.qmax if spec.kind == "int" else FP8_E4M3_MAX))
+    scales = (limit / top).clamp(GRID_SCALE_MIN, GRID_SCALE_MAX)
     return scales.bfloat16().float() if spec.scale_dtype == "bf16" else scales
 
 
