@@ -191,22 +191,22 @@ def split_documents(
 def sample_chunks(documents: Iterable[tuple[str, bytes, str]], sample_bytes: int) -> list[str]:
     """A sample of training text for the tokenizer, in bounded memory.
 
-    Every piece of a document has a priority, a hash of the document's hash and the piece's number; the pieces of lowest
-    priority that fit into `sample_bytes` characters are kept, so the sample does not depend on the order of documents.
+    Every piece of a document has a rank, a hash of the document's hash and the piece's number. Kept are the pieces of
+    lowest rank, up to the one that reaches `sample_bytes` characters: the same ones in whatever order documents come.
     """
-    kept: list[tuple[int, str]] = []  # a heap whose first entry has the highest priority
+    kept: list[tuple[int, str]] = []  # a heap of negated ranks: its first entry has the highest rank
     total = 0
     for split, digest, text in documents:
         if split != "train":
             continue
         for number, chunk in enumerate(trainer_chunks(text)):
             key = hashlib.blake2b(digest + number.to_bytes(8, "little"), digest_size=8).digest()
-            priority = -int.from_bytes(key, "big")
-            if total + len(chunk) > sample_bytes and kept and priority <= kept[0][0]:
+            negated_rank = -int.from_bytes(key, "big")
+            if total >= sample_bytes and negated_rank < kept[0][0]:
                 continue
-            heapq.heappush(kept, (priority, chunk))
+            heapq.heappush(kept, (negated_rank, chunk))
             total += len(chunk)
-            while total > sample_bytes and len(kept) > 1:
+            while total - len(kept[0][1]) >= sample_bytes:
                 total -= len(heapq.heappop(kept)[1])
     return [chunk for _, chunk in sorted(kept, reverse=True)]
 

@@ -44,7 +44,7 @@ class TextSource:
         root: folder that the files' names are reported relative to.
         files: the files, in the order of reading.
         text_field: key or column that holds the text in JSON lines and parquet.
-        document_bytes: 0, or the length at which plain text files are cut into documents (at line ends).
+        document_bytes: 0, or the length (at least 4) at which plain text files are cut into documents (at line ends).
         strict: undecodable text raises DataError and is not only counted.
 
     After an iteration `skipped` counts what was left out by reason, `first_skipped` names one of each, and `done_bytes`
@@ -61,6 +61,8 @@ class TextSource:
         document_bytes: int = 0,
         strict: bool = False,
     ) -> None:
+        if document_bytes and document_bytes < 4:
+            raise DataError(f"document_bytes {document_bytes}, expected 0 or at least 4, the longest UTF-8 character.")
         self.name = name
         self._root = root
         self._files = files
