@@ -163,7 +163,8 @@ def test_documents_hold_a_character(tmp_path):
 def test_stdlib_leaves_out_what_distributions_move(tmp_path):
     kept = ["abc.py", "json/decoder.py", "email/mime/text.py"]
     left_out = ["site-packages/x.py", "dist-packages/x.py", "test/test_abc.py", "unittest/test/x.py",
-                "idlelib/y.py", "_sysconfigdata__linux.py", "config-3.11-x/c.py", "lib2to3/z.py", "sitecustomize.py", "abc.txt"]  # fmt: skip
+                "idlelib/y.py", "_sysconfigdata__linux.py", "config-3.11-x/c.py", "lib2to3/z.py",
+                "sitecustomize.py", "abc.txt"]  # fmt: skip
     for name in kept + left_out:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
