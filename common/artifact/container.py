@@ -262,12 +262,12 @@ def _code_layouts(spec: GridSpec) -> tuple[str, ...]:
     return (f"pack{spec.bits}", "pack4") if spec.bits == 3 else (f"pack{spec.bits}", "pack8")
 
 
-def _choose_layout(values: np.ndarray, layouts: tuple[str, ...]) -> str:
-    """The layout whose beginning compresses smallest with a fast codec."""
+def _choose_layout(values: np.ndarray, layouts: tuple[str, ...], codecs: Sequence[str]) -> str:
+    """The layout whose beginning is smallest: compressed with a fast codec, or plain where nothing is compressed."""
     if len(layouts) == 1:
         return layouts[0]
     raws = [_values_to_bytes(values[:_ESTIMATE_VALUES], layout) for layout in layouts]
-    sizes = [len(stored) for _, stored in compress_smallest(raws, ("zstd",))]
+    sizes = [len(stored) for _, stored in compress_smallest(raws, ("raw",) if set(codecs) == {"raw"} else ("zstd",))]
     return layouts[sizes.index(min(sizes))]
 
 
@@ -315,7 +315,7 @@ def encode_artifact(
     for plan in plans.values():
         values = np.concatenate(plan.parts)
         plan.parts.clear()
-        layouts.append(_choose_layout(values, plan.layouts))
+        layouts.append(_choose_layout(values, plan.layouts, codecs))
         raws.append(_values_to_bytes(values, layouts[-1]))
     streams = compress_smallest(raws, codecs)
 

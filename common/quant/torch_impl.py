@@ -25,7 +25,7 @@ def rms_sigma_torch(w_RC: Tensor) -> Tensor:
     while width > 1:
         width //= 2
         sums = sums[:, :width] + sums[:, width:]
-    # Divisors are tensors on the device: by a Python number CUDA multiplies with its reciprocal, which rounds otherwise.
+    # Divisors are tensors on the device: by a Python number, CUDA multiplies by the reciprocal: other bits.
     mean = sums[:, 0] / sums.new_full((1,), float(n_columns))
     guess = mean.sqrt().float()
     below = torch.nextafter(guess, torch.zeros_like(guess))
