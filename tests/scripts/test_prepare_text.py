@@ -305,7 +305,7 @@ def test_check_finds_a_training_document_in_validation_despite_a_fitting_manifes
     tokenizer = ByteTokenizer()
     leaked = texts_of(prepared, "train")[0]
     val = list_shards(prepared / "*_val_*.bin")[0]
-    tokens = np.concatenate([open_shard(val), [tokenizer.bos_id], tokenizer.encode(leaked)])
+    tokens = np.concatenate([open_shard(val), np.array([255]), tokenizer.encode(leaked)])
     write_shard(val, tokens)
     hashes = np.frombuffer((prepared / "val.hashes").read_bytes() + document_hash(leaked), dtype="S16").copy()
 
