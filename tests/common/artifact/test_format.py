@@ -127,7 +127,7 @@ def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
 
 def test_golden_file_reads_as_committed(golden_artifact):
     """The file was written once; no later version may read other values from it."""
-    with np.load(golden_artifact.with_suffix(".npz")) as file:
+    with np.load(golden_artifact.with_suffix(".npz"), allow_pickle=False) as file:
         expected = {name: file[name] for name in sorted(file.files)}
     loaded, meta = load_artifact(golden_artifact)
     assert_same(loaded, expected)

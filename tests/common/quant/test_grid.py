@@ -33,7 +33,7 @@ F32_MAX = float(np.finfo(np.float32).max)
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as file:
+    with np.load(GOLDEN, allow_pickle=False) as file:
         return dict(file)
 
 
