@@ -192,7 +192,7 @@ class _SoftcapXent(torch.autograd.Function):
                 total_n1 = share_nV.sum(dim=1, keepdim=True)
                 lse_n1 = total_n1.log() + top_n1
             ce_sum += (lse_n1 - picked_n1).sum(dtype=torch.float64)
-            z_sum += (lse_n1 * lse_n1).sum(dtype=torch.float64)
+            z_sum += lse_n1.double().square().sum()
             if not differentiable:
                 continue
             # d loss / d capped = (softmax * (1 + 2 z_weight lse) - onehot) / N

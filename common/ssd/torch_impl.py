@@ -273,7 +273,7 @@ class _SsdScan(torch.autograd.Function):
 
         y_BTHP = y_mLHP.view(batch, length, heads, width)
         final_BHPN = final.permute(0, 1, 3, 4, 2).reshape(batch, heads, width, n)
-        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, run_BT, states, final, y_BTHP)
+        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, run_BT, states)
         ctx.chunk = chunk
         ctx.has_state = state_BHPN is not None
         return y_BTHP, final_BHPN
@@ -281,7 +281,7 @@ class _SsdScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_BTHP, dfinal_BHPN):
-        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, run_BT, states, final, y_BTHP = ctx.saved_tensors
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, run_BT, states = ctx.saved_tensors
         chunk = ctx.chunk
         batch, length, heads, width = x_BTHP.shape
         groups, n = B_BTGN.shape[2:]
@@ -321,6 +321,15 @@ class _SsdScan(torch.autograd.Function):
         ddtx_qLK = _ssd_bmm(B_qLN, leaving_qNK, product, acc)
         ddtx_mLHP = _ssd_from_groups(ddtx_qLK, groups).view(m, chunk, heads, width).mul_(to_state_mLH[..., None])
 
+        # The exponent of every decay is the sum of dt*A over the positions between a writer and a reader. Its gradient is
+        # collected position by position without subtracting what cancels: readers at or after it of the entering state,
+        # writers before it into the leaving state, and the state that passes through the whole chunk.
+        read_qLK = _ssd_bmm(C_qLN, states_qNK, product, acc)
+        read_mLH = _ssd_from_groups(read_qLK.mul_(seen_qLK), groups).view(m, chunk, heads, width).sum(dim=-1)
+        written_mLH = (ddtx_mLHP * dtx_mLHP).sum(dim=-1)
+        through_mH = (leaving * states).sum(dim=(3, 5)).view(m, heads) * carry_mH
+        dlog_mLH = written_mLH.cumsum(dim=1) - written_mLH + through_mH[:, None]
+
         # Inside the chunks.
         score_mGLL = _ssd_bmm(C_qLN, B_qLN.mT, product, acc).view(m, groups, chunk, chunk)
         mask_mGLL = None if run_BT is None else _ssd_pair_mask(run_BT, chunk)
@@ -333,32 +342,28 @@ class _SsdScan(torch.autograd.Function):
             g = h // per_group
             decay_mLL = _ssd_pair_decay(sums_HmL[h])
             dweight_mLL = _ssd_bmm(dyp_mLHP[:, :, h], dtx_mLHP[:, :, h].mT, product, acc)
-            dscore_mGLL[:, g].addcmul_(dweight_mLL, decay_mLL)
+            dweight_mLL.mul_(decay_mLL)
+            dscore_mGLL[:, g] += dweight_mLL
             weight_mLL = decay_mLL.mul_(score_mGLL[:, g])
             ddtx_mLHP[:, :, h] += _ssd_bmm(weight_mLL.mT, dyp_mLHP[:, :, h], product, acc)
+            # Between two positions of the chunk: plus at the reader, minus at the writer; a position by itself has no decay.
+            dpair_mLL = dweight_mLL.mul_(score_mGLL[:, g])
+            dpair_mLL.diagonal(dim1=1, dim2=2).zero_()
+            read_mLH[:, :, h] += dpair_mLL.sum(dim=2) - dpair_mLL.sum(dim=1)
         if mask_mGLL is not None:
             dscore_mGLL.mul_(mask_mGLL)
         dscore_qLL = dscore_mGLL.view(m * groups, chunk, chunk)
         dC_qLN += _ssd_bmm(dscore_qLL, B_qLN, product, acc)
         dB_qLN += _ssd_bmm(dscore_qLL.mT, C_qLN, product, acc)
 
-        # Every decay's exponent is a sum at its reader minus a sum at its writer. The gradient of the first is dy . y without
-        # the direct path, of the second dx . x, and the chunk's last sum also scales the state that leaves: state . dstate.
-        ddt_mLH = (ddtx_mLHP * x_mLHP).sum(dim=-1)
-        dsums_mLH = (dy_mLHP * y_BTHP.view(m, chunk, heads, width)).sum(dim=-1)
+        dlog_mLH += read_mLH.flip(1).cumsum(dim=1).flip(1)
+        ddt_mLH = (ddtx_mLHP * x_mLHP).sum(dim=-1).addcmul_(dlog_mLH, A_H)
+        dA_H = (dlog_mLH * dt_mLH).sum(dim=(0, 1))
         dx_mLHP = ddtx_mLHP.mul_(dt_mLH[..., None])
         dD_H = None
         if D_H is not None:
-            direct_mLH = (dy_mLHP * x_mLHP).sum(dim=-1)
-            dD_H = direct_mLH.sum(dim=(0, 1))
-            dsums_mLH -= D_H * direct_mLH
+            dD_H = (dy_mLHP * x_mLHP).sum(dim=(0, 1, 3))
             dx_mLHP.addcmul_(dy_mLHP, D_H[:, None])
-        dsums_mLH -= ddt_mLH * dt_mLH
-        last = torch.cat([states[:, 1:], final[:, None]], dim=1)
-        dsums_mLH[:, -1] += (leaving * last).sum(dim=(3, 5)).view(m, heads)
-        dlog_mLH = dsums_mLH.flip(1).cumsum(dim=1).flip(1)
-        ddt_mLH.addcmul_(dlog_mLH, A_H)
-        dA_H = (dlog_mLH * dt_mLH).sum(dim=(0, 1))
         dB_BTGN = _ssd_from_groups(dB_qLN, groups).view(batch, length, groups, n).to(product)
         dC_BTGN = _ssd_from_groups(dC_qLN, groups).view(batch, length, groups, n).to(product)
         dx_BTHP = dx_mLHP.view(batch, length, heads, width).to(product)
