@@ -69,7 +69,9 @@ from common.ssd.torch_impl import ssd_scan_torch
 from common.text.bpb import ByteTable, bits_per_byte, byte_table, token_bytes
 from common.text.loader import TokenLoader
 from common.text.shards import list_shards, open_shard
-from common.text.tokenizer import Tokenizer, load_tokenizer
+from common.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer
 
 # `scripts/bundle.py` writes the chosen preset here, so that the single file needs no preset folder.
 BUNDLED_PRESET: dict[str, Any] | None = None
@@ -225,10 +227,12 @@ MODEL_FIELDS = (
 )
 SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride")
 # What may differ between a run and its resumption.
-RESUME_FREE_FIELDS = frozenset({
-    *("runs_dir", "device", "kernels", "compile_model", "data_path", "tokenizer_path", "micro_batch_tokens"),
-    *("val_batch_size", "train_log_every", "checkpoint_every", "checkpoint_keep", "eval_lanes", "warmup_steps"),
-})
+RESUME_FREE_FIELDS = frozenset(
+    {
+        *("runs_dir", "device", "kernels", "compile_model", "data_path", "tokenizer_path", "micro_batch_tokens"),
+        *("val_batch_size", "train_log_every", "checkpoint_every", "checkpoint_keep", "eval_lanes", "warmup_steps"),
+    }
+)
 EVAL_MODES = ("standard", "sliding", "carried")
 PRESETS_FOLDER = "presets"
 
@@ -365,7 +369,8 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     )
     action = parser.add_argument_group("what to do (default: train, export, score)")
     action.add_argument("--preset", default=environ.get("PRESET", ""), help="name in presets/ or path of a preset file")
-    action.add_argument("--overwrite", action="store_true", help="start over if the run folder is finished")
+    overwrite = "start over where the run folder is finished or of another configuration; unfinished runs still resume"
+    action.add_argument("--overwrite", action="store_true", help=overwrite)
     action.add_argument("--score", default="", metavar="ARTIFACT", help="score an artifact and print one JSON object")
     action.add_argument("--val", default="", metavar="GLOB", help="validation shards for --score")
     action.add_argument(
@@ -1482,15 +1487,16 @@ class RunFolder:
     def open(self, command: Command) -> None:
         """Create or reopen. Raises ConfigError for a finished run, CheckpointError for another configuration."""
         if self.ranks.leads:
-            if self.summary.exists():
-                if not command.overwrite:
-                    raise ConfigError(
-                        f"{self.path} is finished; read {self.summary}, choose another --run_id, or --overwrite"
-                    )
-                shutil.rmtree(self.path)
             record = self.path / "config.json"
-            if record.exists():
-                self._check_same(json.loads(record.read_text(encoding="utf-8"))["config"])
+            try:
+                if self.summary.exists():
+                    raise ConfigError(f"{self.path} is finished; use another --run_id or --overwrite")
+                if record.exists():
+                    self._check_same(json.loads(record.read_text(encoding="utf-8"))["config"])
+            except GolfError:
+                if not command.overwrite:
+                    raise
+                shutil.rmtree(self.path)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 record, json.dumps({"preset": command.preset, "config": asdict(self.config)}, indent=1).encode()
@@ -1502,7 +1508,9 @@ class RunFolder:
         changed = [k for k in now if k not in RESUME_FREE_FIELDS and before.get(k) != now[k]]
         if changed:
             listing = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in changed)
-            raise CheckpointError(f"{self.path} was begun with another configuration ({listing}); use another --run_id")
+            raise CheckpointError(
+                f"{self.path} was begun with another configuration ({listing}); use another --run_id or --overwrite"
+            )
 
     def begin_logs(self, step: int, device: torch.device, kernels: Kernels) -> None:
         """Open train.log with the sources that run; drop log lines of steps that a resumed run will repeat."""
@@ -1651,7 +1659,7 @@ def load_model(path: str | Path, kernels_choice: str, ranks: Ranks) -> tuple[Lan
     values = {**meta.get("model", {}), **meta.get("eval", {})}
     if meta.get("entry") != "jepa_mamba" or not set(values) <= known:
         raise ConfigError(
-            f"{path}: not an artifact of this entry (entry {meta.get('entry')!r}, unknown {sorted(set(values) - known)})"
+            f"{path}: not of this entry: entry {meta.get('entry')!r}, unknown options {sorted(set(values) - known)}"
         )
     config = replace(Config(), tokenizer=meta["tokenizer"]["kind"], **values)
     check_config(config)
