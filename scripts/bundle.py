@@ -360,7 +360,8 @@ def submission_record(about: dict[str, Any], runs: Sequence[dict[str, Any]], cod
 
 
 def readme_text(root: Path, entry: str, preset_name: str, bundle: Bundle, record: dict[str, Any]) -> str:
-    preset_file = root / Path(entry).parent / "presets" / f"{preset_name}.py"
+    named = root / Path(entry).parent / "presets" / f"{preset_name}.py"
+    preset_file = Path(preset_name) if Path(preset_name).suffix else named
     about = ast.get_docstring(ast.parse(preset_file.read_text(encoding="utf-8"))) or ""
     lines = [f"# {record['name']}", "", record["blurb"], "", f"Preset `{preset_name}`:", "", about, ""]
     lines += ["## Run", "", "```", "pip install -r requirements.txt"]
@@ -497,26 +498,32 @@ def write_tiny_data(folder: Path) -> None:
     write_shard(folder / "check_train_000000.bin", np.concatenate(documents[2:]))
 
 
-def check(train_gpt: Path, preset_name: str) -> dict[str, Any]:
-    """Hold the bundled file against the readable entry, bit for bit; returns what both observed. Raises GolfError."""
+def observe_readable(preset_name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bundle-check-") as name:
-        work = Path(name)
-        for side in ("readable", "bundled"):
-            write_tiny_data(work / side / "data")
-        alone = work / "alone"
+        write_tiny_data(Path(name) / "data")
+        return observe(ROOT / ENTRY, ROOT, Path(name), preset_name)
+
+
+def observe_bundled(train_gpt: Path) -> dict[str, Any]:
+    """The same of a bundled file, in a folder of its own where no room of ours can be imported."""
+    with tempfile.TemporaryDirectory(prefix="bundle-check-") as name:
+        write_tiny_data(Path(name) / "data")
+        alone = Path(name) / "alone"
         alone.mkdir()
         shutil.copy(train_gpt, alone / "train_gpt.py")
         for room in ("common", "submissions", "scripts", "worldmodel"):  # found before any installed room
             stop = f"raise ImportError('the bundle must not import {room}')\n"
             (alone / f"{room}.py").write_text(stop, encoding="utf-8")
-        readable = observe(ROOT / ENTRY, ROOT, work / "readable", preset_name)
-        bundled = observe(alone / "train_gpt.py", alone, work / "bundled", None)
+        return observe(alone / "train_gpt.py", alone, Path(name), None)
+
+
+def compare(readable: dict[str, Any], bundled: dict[str, Any]) -> None:
+    """Raises GolfError where the two forms differ, or if there was nothing to compare."""
     found = differences(readable, bundled)
     if found:
         raise GolfError("the bundled file is not the readable entry:\n  " + "\n  ".join(found[:20]))
     if not any(event.get("event") == "step" for event in readable["log"]):
         raise GolfError("the check saw no training step; its tiny run no longer trains")
-    return readable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -546,7 +553,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             check_budget(record["bytes_total"])
         if arguments.check:
-            seen = check(arguments.out / "train_gpt.py", arguments.preset)
+            seen = observe_readable(arguments.preset)
+            compare(seen, observe_bundled(arguments.out / "train_gpt.py"))
             steps = sum(event.get("event") == "step" for event in seen["log"])
             print(f"check: {steps} steps, artifact and scores of both forms are equal, bit for bit")
     except GolfError as error:

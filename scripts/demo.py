@@ -50,9 +50,7 @@ def validation_documents(data: Path) -> list[bytes]:
     """
     tokenizer = load_tokenizer(data / "tokenizer.model")
     if not tokenizer.lossless or tokenizer.bos_id is None:
-        raise DataError(
-            f"{data}/tokenizer.model is lossy or marks no documents; prepare it with --tokenizer bpe"
-        )
+        raise DataError(f"{data}/tokenizer.model is lossy or marks no documents; prepare it with --tokenizer bpe")
     shards = [
         open_shard(path, vocab_size=tokenizer.vocab_size, deep=True) for path in list_shards(data / "*_val_*.bin")
     ]
@@ -85,8 +83,15 @@ def compressed_bpb(documents: Sequence[bytes]) -> dict[str, float]:
 
 def run_script(script: Path, *arguments: str, capture: bool = False) -> str:
     """Run one of our scripts in its own process, its output on ours unless captured. Raises GolfError if it fails."""
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # ours, also where nothing is installed
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise GolfError(f"{script.name} ended with status {done.returncode}; its message is above")
     return done.stdout or ""
@@ -110,7 +115,9 @@ def results_table(result: dict[str, Any]) -> str:
     return f"{format_text_table(rows, left_columns=1)}\n\ntime: {times}, in all {sum(result['seconds'].values()):.0f} s"
 
 
-def run_demo(data: Path, runs: Path, run_id: str, vocab_size: int, more: Sequence[str]) -> dict[str, Any]:
+def run_demo(
+    data: Path, runs: Path, run_id: str, vocab_size: int, more: Sequence[str] = (), source: str = "stdlib"
+) -> dict[str, Any]:
     """The five steps above; returns what is in demo.json. `more` goes to the training command. Raises GolfError."""
     seconds: dict[str, float] = {}
     marks = [time.perf_counter()]
@@ -119,16 +126,16 @@ def run_demo(data: Path, runs: Path, run_id: str, vocab_size: int, more: Sequenc
         marks.append(time.perf_counter())
         seconds[name] = marks[-1] - marks[-2]
 
-    heading("text: Python's standard library")
+    heading(f"text: {source}")
     bpe = ("--tokenizer", "bpe", "--vocab-size", str(vocab_size))
-    run_script(PREPARE, "--source", "stdlib", "--out", str(data), *bpe)
+    run_script(PREPARE, "--source", source, "--out", str(data), *bpe)
     lap("text")
 
     heading("train, export")
     run = runs / run_id
     again = ["--overwrite"] if (run / "summary.json").exists() else []
     where = ("--data_path", str(data), "--runs_dir", str(runs), "--run_id", run_id)
-    run_script(ENTRY, "--preset", "demo", *where, *again, *more)
+    run_script(ENTRY, "--preset", "demo", *where, "--vocab_size", str(vocab_size), *again, *more)
     lap("training")
 
     heading("score the artifact in a fresh process")

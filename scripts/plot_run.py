@@ -60,7 +60,10 @@ def column(events: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
     """Centred mean over about `span` values, narrower at both ends, so that it has no lag."""
     half = max(span // 2, 0)
-    return np.array([np.nanmean(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))])
+    windows = (values[max(i - half, 0) : i + half + 1] for i in range(len(values)))
+    return np.array(
+        [window[np.isfinite(window)].mean() if np.isfinite(window).any() else math.nan for window in windows]
+    )
 
 
 def compact(number: float) -> str:
@@ -97,10 +100,10 @@ def draw_run(run: Path) -> Figure:
             main.plot(
                 at, bpb, "o-", color=ORANGE, markersize=4, linewidth=1.4, label="validation, weights that would ship"
             )
-        floor = float(np.nanmin(trend))
+        heights = [*trend[np.isfinite(trend)]]
         if summary:
             final = summary["val_bpb"]
-            floor = min(floor, final)
+            heights.append(final)
             main.plot(
                 [tokens[-1]],
                 [final],
@@ -112,15 +115,16 @@ def draw_run(run: Path) -> Figure:
             )
         for name, label in (("xz_bpb", "xz -9"), ("brotli_bpb", "brotli -11")):
             if name in demo:
-                floor = min(floor, demo[name])
+                heights.append(demo[name])
                 main.axhline(demo[name], color=SOFT, linewidth=1, linestyle=(0, (5, 3)))
                 main.annotate(
                     f"{label} per document: {demo[name]:.2f}", (0.995, demo[name]), xycoords=("axes fraction", "data"),
                     xytext=(0, 3), textcoords="offset points", ha="right", color=SOFT, fontsize=9,
                 )  # fmt: skip
-        # The first steps start at 8 bits a byte or so; what matters happens below.
-        top = float(np.nanpercentile(train_bpb, 97)) if len(train_bpb) > 20 else float(np.nanmax(train_bpb))
-        main.set_ylim(floor - 0.08 * (top - floor) - 0.02, top + 0.05 * (top - floor) + 0.02)
+        if heights:
+            # The first steps start at 8 bits a byte or so; what matters happens below.
+            floor, top = min(heights), float(np.percentile(heights, 95))
+            main.set_ylim(floor - 0.08 * (top - floor) - 0.02, top + 0.05 * (top - floor) + 0.02)
         main.set_xlim(0, tokens[-1] * 1.02)
         main.xaxis.set_major_formatter(lambda value, _: compact(value))
         main.set(xlabel="training tokens", ylabel="bits per byte", title="Bits per byte")

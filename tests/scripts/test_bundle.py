@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError, DataError, GolfError
-from scripts import bundle as tool
 from scripts.bundle import (
     ENTRY,
     ROOT,
-    check,
+    compare,
     differences,
     make_bundle,
+    observe_bundled,
+    observe_readable,
     read_runs,
     requirements,
     submission_record,
@@ -126,8 +127,10 @@ def test_is_deterministic_and_keeps_the_order_of_options(tmp_path):
     sources = {make_bundle(plant(tmp_path / str(i)), "entry.py", preset).source for i in range(2)}
     assert len(sources) == 1
     tree = ast.parse(sources.pop())
-    values = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value is not None]
-    assert list(ast.literal_eval(values[0])) == list(preset)
+    assigned = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign)}
+    value = assigned["BUNDLED_PRESET"]
+    assert value is not None
+    assert list(ast.literal_eval(value)) == list(preset)
     assert "BUNDLED_PRESET: dict[str, Any] | None = None" in make_bundle(tmp_path / "0", "entry.py", None).source
 
 
@@ -251,13 +254,18 @@ def test_differences_name_the_place_and_times_do_not_count():
     assert timeless({"elapsed_s": 1, "x": [{"seconds": 2, "y": 3}]}) == {"x": [{"y": 3}]}
 
 
-def test_the_bundle_is_the_entry_bit_for_bit(real_bundle, tmp_path):
+@pytest.fixture(scope="module")
+def readable_run():
+    return observe_readable("seed_bpe")
+
+
+def test_the_bundle_is_the_entry_bit_for_bit(real_bundle, readable_run, tmp_path):
     path = tmp_path / "train_gpt.py"
     path.write_text(real_bundle.source, encoding="utf-8")
-    seen = check(path, "seed_bpe")
-    assert [event["step"] for event in seen["log"] if event.get("event") == "step"] == [1, 2, 3, 4]
-    assert any(event.get("event") == "validation" for event in seen["log"])
-    assert set(seen["score"]["scores"]) == {"standard", "sliding", "carried"}
+    compare(readable_run, observe_bundled(path))
+    assert [event["step"] for event in readable_run["log"] if event.get("event") == "step"] == [1, 2, 3, 4]
+    assert any(event.get("event") == "validation" for event in readable_run["log"])
+    assert set(readable_run["score"]["scores"]) == {"standard", "sliding", "carried"}
 
 
 @pytest.mark.parametrize(
@@ -266,22 +274,24 @@ def test_the_bundle_is_the_entry_bit_for_bit(real_bundle, tmp_path):
         ("beta2: float = option(0.95", "beta2: float = option(0.9", r"config\.beta2: 0\.95 readable, 0\.9 bundled"),
         ("def momentum_at(step: int, config: Config) -> float:\n", "\\g<0>    return 0.5\n", r"log\[2\].*readable"),
     ],
+    ids=["option", "code"],
 )
-def test_a_bundle_that_computes_something_else_is_found(real_bundle, old, new, message, tmp_path, monkeypatch):
-    monkeypatch.setitem(tool.TINY, "iterations", 3)
-    monkeypatch.setitem(tool.TINY, "eval_modes", "standard")
+def test_a_bundle_that_computes_something_else_is_found(real_bundle, readable_run, old, new, message, tmp_path):
     changed, count = re.subn(re.escape(old), new, real_bundle.source)
     assert count == 1
     path = tmp_path / "train_gpt.py"
     path.write_text(changed, encoding="utf-8")
     with pytest.raises(GolfError, match=message):
-        check(path, "seed_bpe")
+        compare(readable_run, observe_bundled(path))
 
 
-def test_a_bundle_that_imports_common_is_found(real_bundle, tmp_path, monkeypatch):
-    monkeypatch.setitem(tool.TINY, "iterations", 1)
-    monkeypatch.setitem(tool.TINY, "eval_modes", "standard")
+def test_a_bundle_that_imports_common_is_found(real_bundle, tmp_path):
     path = tmp_path / "train_gpt.py"
     path.write_text(real_bundle.source.replace("import argparse\n", "import argparse\nimport common.errors\n", 1))
     with pytest.raises(GolfError, match="the bundle must not import common"):
-        check(path, "seed_bpe")
+        observe_bundled(path)
+
+
+def test_a_check_without_steps_is_no_check():
+    with pytest.raises(GolfError, match="no training step"):
+        compare({"log": []}, {"log": []})
