@@ -27,7 +27,15 @@ from common.errors import DataError, GolfError
 
 INK, SOFT, GRID = "#22272e", "#6b7480", "#e3e6ea"
 BLUE, ORANGE, GREEN, RED, PURPLE = "#2f6fb3", "#d9772b", "#3a8f5c", "#c04a4a", "#7a5ea8"
-OBJECTIVES = {"ce": ("cross-entropy", BLUE), "jepa": ("latent prediction", ORANGE), "sigreg": ("SIGReg", GREEN)}
+OBJECTIVES = {"ce": ("CE", BLUE), "jepa": ("JEPA", ORANGE), "sigreg": ("SIGReg", GREEN)}
+# Legends of the small panels stand beside their titles, where no curve can run through them.
+ABOVE: Any = {
+    "loc": "lower right",
+    "bbox_to_anchor": (1.02, 0.98),
+    "fontsize": 9,
+    "handlelength": 1.2,
+    "columnspacing": 1.2,
+}
 STYLE: Any = {
     "font.size": 10, "axes.edgecolor": SOFT, "axes.labelcolor": INK, "axes.titlelocation": "left",
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
@@ -136,11 +144,11 @@ def draw_run(run: Path) -> Figure:
                 objectives.plot(tokens, smoothed(values, len(values) // 50), color=color, linewidth=1.5, label=label)
         objectives.set_yscale("log")
         objectives.set_title("Objectives (nats)")
-        objectives.legend(loc="best", ncols=3, fontsize=9)
+        objectives.legend(ncols=3, **ABOVE)
 
-        schedule.plot(tokens, column(steps, "lr_scale"), color=PURPLE, linewidth=1.6, label="learning rate, relative")
+        schedule.plot(tokens, column(steps, "lr_scale"), color=PURPLE, linewidth=1.6, label="learning rate")
         schedule.set_ylim(0, 1.08)
-        schedule.set_title("Schedule and gradient norm")
+        schedule.set_title("Schedule")
         norm = schedule.twinx()
         norm.plot(
             tokens, column(steps, "grad_norm"), color=GREEN, alpha=0.55, linewidth=1, label="gradient norm (right)"
@@ -148,7 +156,7 @@ def draw_run(run: Path) -> Figure:
         norm.set_yscale("log")
         norm.grid(False)
         handles = [*schedule.get_legend_handles_labels()[0], *norm.get_legend_handles_labels()[0]]
-        schedule.legend(handles=handles, loc="lower left", fontsize=9)
+        schedule.legend(handles=handles, ncols=2, **ABOVE)
         schedule.set_xlabel("training tokens")
         for axes in (objectives, schedule):
             axes.xaxis.set_major_formatter(lambda value, _: compact(value))

@@ -49,7 +49,7 @@ def test_curves_are_those_of_the_log(tmp_path):
     assert curves["artifact, read back: 1.750"].tolist() == [[40_000, 1.75]]
     low, high = main.get_ylim()
     assert low < 1.44 < 1.75 < high
-    assert [line.get_label() for line in objectives.lines] == ["cross-entropy", "SIGReg"]
+    assert [line.get_label() for line in objectives.lines] == ["CE", "SIGReg"]
     shown = texts(figure)
     for expected in ("run", "40k tokens in 80 s", "500 tokens/s", "1,234,567 parameters", "345,678 bytes"):
         assert expected in shown
