@@ -705,7 +705,7 @@ class LanguageModel(nn.Module):
         x_BTD = self.token_embed(ids_BT)
         if self.embed_proj is not None:
             x_BTD = self.embed_proj(x_BTD)
-        x_BTD = x0_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
+        x_BTD = x0_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-12)  # embeddings are small: eps must not show
         skips: list[Tensor] = []
         layers: list[LayerState] = []
         for i, block in enumerate(self.blocks):

@@ -1,0 +1,281 @@
+"""Groups, grids, the clock's rehearsal, checkpoints, resumption and ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.artifact.container import load_artifact
+from submissions.jepa_mamba.train_gpt import (
+    Masters,
+    Progress,
+    Ranks,
+    StepBatch,
+    Trainer,
+    TrainingModel,
+    build_optimizers,
+    learning_rate_scale,
+    load_model,
+    optimizer_group,
+    select_kernels,
+)
+from tests.submissions.jepa_mamba.conftest import ENTRY, flags, losses_of, run_entry, tiny
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+KERNELS = select_kernels("torch", ALONE.device)
+EVERYTHING = {"attn_layers": "1", "ema_decay": 0.9, "muon_split_in_proj": True, "document_reset": True}
+
+
+def batch_of(config, seed: int = 0) -> StepBatch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.train_batch_tokens // config.train_seq_len, config.train_seq_len)
+    x, y = (torch.randint(0, 250, shape, generator=generator) for _ in range(2))
+    return StepBatch(x, y, torch.zeros(shape, dtype=torch.int32), {})
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": 0}, {"tie_embeddings": 2}, {"tie_embeddings": 3}, EVERYTHING], ids=str)
+def test_every_parameter_is_in_exactly_one_group_and_moves(options: dict) -> None:
+    config = tiny(**options)
+    trainer = Trainer(config, KERNELS, ALONE)
+    owners: dict[int, list[str]] = {}
+    for kind, optimizer in trainer.optimizers.items():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owners.setdefault(id(parameter), []).append(kind)
+    masters = trainer.masters.master
+    assert set(masters) == {name for name, _ in trainer.model.named_parameters()}
+    assert all(owners[id(p)] == [optimizer_group(name, p)] for name, p in masters.items())
+    before = {name: p.detach().clone() for name, p in masters.items()}
+    trainer.masters.publish(True)
+    for step in range(3):  # zero-initialised outputs let some gradients through only from the second step on
+        trainer.step(batch_of(config, step), Progress(step, 0.0))
+    still = {name for name, p in masters.items() if torch.equal(p, before[name])}
+    assert not still
+    assert any("conv_weight" in name for name in masters), "the convolution is trained"
+
+
+def test_scan_scalars_and_scales_do_not_decay() -> None:
+    config = tiny()
+    model = TrainingModel(config, KERNELS)
+    optimizers = build_optimizers(model, Masters(model, config, torch.float32), config)
+    assert all(group["weight_decay"] == 0 for group in optimizers["scalar"].param_groups)
+    assert all(group["weight_decay"] == config.adam_wd for group in optimizers["embed"].param_groups)
+    assert all(group["weight_decay"] == config.muon_wd for group in optimizers["muon"].param_groups)
+
+
+def test_masters_are_float32_and_small_updates_are_kept() -> None:
+    """bf16 storage froze dt_bias: an update below half a bf16 ulp of 4 must move a master."""
+    trainer = Trainer(tiny(), KERNELS, ALONE)
+    assert all(p.dtype == torch.float32 for p in trainer.masters.master.values())
+    master = next(p for name, p in trainer.masters.master.items() if name.endswith("dt_bias"))
+    with torch.no_grad():
+        master.fill_(-4.5)
+        for _ in range(10):
+            master += 1e-3
+    assert torch.allclose(master, torch.tensor(-4.49))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+@pytest.mark.parametrize("storage", ["FP8", "INT8", "BF16"])
+def test_training_export_and_scoring_hold_the_same_weights_bit_for_bit(bits: int, storage: str, tmp_path: Path) -> None:
+    from common.text.tokenizer import load_tokenizer
+    from submissions.jepa_mamba.train_gpt import export_artifact
+
+    config = tiny(quant_bits=bits, fp_storage=storage, model_dim=64, headdim=32)
+    trainer = Trainer(config, KERNELS, ALONE)
+    trainer.masters.publish(True)
+    trainer.step(batch_of(config), Progress(0, 0.0))
+    held = {name: p.detach().clone() for name, p in trainer.model.lm.state_dict().items()}
+    export_artifact(tmp_path / "model.artifact", trainer.masters, config, load_tokenizer("byte"), 1.0)
+    fresh, _, _ = load_model(tmp_path / "model.artifact", "torch", ALONE)
+    loaded = fresh.state_dict()
+    assert held.keys() == loaded.keys()
+    assert all(torch.equal(held[name], loaded[name]) for name in held)
+    tensors, _ = load_artifact(tmp_path / "model.artifact")
+    assert not any("projector" in name or "predictor" in name or "pred_proj" in name for name in tensors)
+    codes = np.unique(tensors["blocks.0.mixer.in_proj.weight"][0])
+    assert len(codes) <= 2**bits - 1
+
+
+def test_rehearsal_restores_everything_bit_for_bit() -> None:
+    config = tiny(**EVERYTHING, ema_start_fraction=0.0)
+    trainer = Trainer(config, KERNELS, ALONE)
+    trainer.masters.publish(True)
+    trainer.step(batch_of(config, 1), Progress(0, 0.0))
+
+    def picture() -> dict[str, torch.Tensor]:
+        out = {f"compute/{n}": p.detach().clone() for n, p in trainer.model.named_parameters()}
+        out |= {f"master/{n}": p.detach().clone() for n, p in trainer.masters.master.items()}
+        out |= {f"ema/{n}": t.clone() for n, t in trainer.masters.ema.items()}
+        for kind, optimizer in trainer.optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                out |= {f"{kind}/{i}/{k}": torch.as_tensor(v).clone() for k, v in state.items()}
+        return out
+
+    before, at = picture(), Progress(1, 0.0)
+    with trainer.rehearsal(at):
+        trainer.step(batch_of(config, 2), at)
+        assert any(not torch.equal(a, b) for a, b in zip(before.values(), picture().values(), strict=True))
+    after = picture()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_warmup_changes_no_loss(byte_data: Path, tmp_path: Path) -> None:
+    for name, warmup in (("cold", 0), ("warm", 2)):
+        run_entry(*flags(data_path=byte_data, runs_dir=tmp_path, run_id=name, warmup_steps=warmup, iterations=6))
+    assert losses_of(tmp_path / "cold") == losses_of(tmp_path / "warm")
+
+
+def test_schedules() -> None:
+    config = tiny(iterations=100, warmdown_fraction=0.4, lr_warmup_steps=10)
+    scale = [learning_rate_scale(Progress(step, 0.0), config) for step in (0, 4, 9, 30, 60, 80, 99, 100)]
+    assert scale == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.025, 0])
+    timed = tiny(iterations=1000, warmdown_fraction=0.5, max_wallclock_seconds=10.0)
+    assert learning_rate_scale(Progress(5, 7.5), timed) == pytest.approx(0.5)
+    by_steps = tiny(iterations=100, warmdown_fraction=0.5, max_wallclock_seconds=10.0, warmdown_by="steps")
+    assert learning_rate_scale(Progress(75, 0.0), by_steps) == pytest.approx(0.5)
+
+
+def test_run_folder_and_summary(byte_data: Path, tmp_path: Path) -> None:
+    arguments = flags(
+        data_path=byte_data, runs_dir=tmp_path, run_id="whole", eval_modes="carried,standard,sliding", val_loss_every=10,
+        temp_scaling=True, document_reset=True, sliding_eval_stride=8,
+    )  # fmt: skip
+    done = run_entry(*arguments)
+    run = tmp_path / "whole"
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "log.jsonl", "train.log", "checkpoints", "model.artifact", "summary.json",
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    wanted = (
+        "val_bpb val_loss val_tokens val_bytes eval_mode float_val_bpb artifact_bytes code_bytes total_bytes params steps "
+        "tokens train_s eval_s seed config git"
+    ).split()
+    assert all(key in summary for key in wanted)
+    val = np.fromfile(next(byte_data.glob("*_val_*")), dtype="<u2")[512:]
+    assert summary["val_tokens"] == len(val) - 1
+    assert summary["val_bytes"] == int((val[1:] != 255).sum())
+    assert summary["val_bpb"] == pytest.approx(summary["val_loss"] * summary["val_tokens"] / np.log(2) / summary["val_bytes"])
+    assert summary["artifact_bytes"] == (run / "model.artifact").stat().st_size
+    assert summary["steps"] == 20
+    assert summary["tokens"] == 20 * 256
+    assert summary["scores"]["carried"]["computed_per_token"] < 1.2
+    assert {"jepa_cosine", "jepa_r2_over_copy", "z_temporal_variance", "lm_top5", "probe_bpb"} <= set(summary["jepa_diagnostics"])
+    log = (run / "train.log").read_text()
+    assert ENTRY.read_text()[:500] in log
+    assert "common/ssd/torch_impl.py" in log
+    assert "kernels: torch" in done.stdout
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "validation"] == [10]
+
+    # The same numbers in a fresh process, from the artifact alone.
+    scored = json.loads(run_entry("--score", str(run / "model.artifact"), "--val", str(byte_data / "*_val_*.bin")).stdout)
+    assert scored["val_bpb"] == summary["val_bpb"]
+    assert scored["scores"].keys() == summary["scores"].keys()
+    assert all(scored["scores"][m]["bpb"] == summary["scores"][m]["bpb"] for m in scored["scores"])
+    text = run_entry("--generate", str(run / "model.artifact"), "--prompt", "abc", "--tokens", "20").stdout
+    assert text.startswith("abc")
+
+    refused = run_entry(*arguments, check=False)
+    assert refused.returncode == 2
+    assert "is finished" in refused.stderr
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert run_entry(*arguments, "--overwrite").returncode == 0
+
+
+def test_wall_clock_is_never_exceeded_and_counts_the_temperature_search(byte_data: Path, tmp_path: Path) -> None:
+    run_entry(*flags(data_path=byte_data, runs_dir=tmp_path, run_id="clock", iterations=100000, max_wallclock_seconds=3.0,
+                     warmup_steps=1, train_log_every=50))  # fmt: skip
+    summary = json.loads((tmp_path / "clock/summary.json").read_text())
+    assert summary["steps"] < 100000
+    assert 1.0 < summary["train_s"] <= 3.5  # the reserve is an estimate; the margin is this machine's noise
+
+
+def test_over_budget_is_an_error(byte_data: Path, tmp_path: Path) -> None:
+    done = run_entry(*flags(data_path=byte_data, runs_dir=tmp_path, run_id="fat", iterations=1, budget_bytes=20_000), check=False)
+    assert done.returncode == 2
+    assert "20,000" in done.stderr
+    assert not (tmp_path / "fat/summary.json").exists()
+    assert (tmp_path / "fat/model.artifact").exists()
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ENTRY.parents[2])}
+    return subprocess.Popen([sys.executable, str(ENTRY), *arguments], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    log = run / "log.jsonl"
+    while not log.exists() or f'"step": {step},' not in log.read_text():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def artifacts_equal(a: Path, b: Path) -> bool:
+    return (a / "model.artifact").read_bytes() == (b / "model.artifact").read_bytes()
+
+
+def test_killed_run_resumes_bitwise(byte_data: Path, tmp_path: Path) -> None:
+    options = {**EVERYTHING, "iterations": 40, "checkpoint_every": 4, "ema_start_fraction": 0.2, "data_path": byte_data}
+    run_entry(*flags(**options, runs_dir=tmp_path / "a", run_id="run"))
+    arguments = flags(**options, runs_dir=tmp_path / "b", run_id="run")
+    for step in (6, 19, 31):
+        process = start(*arguments)
+        wait_for_step(tmp_path / "b/run", step, process)
+        process.kill()
+        process.communicate()
+    assert any((tmp_path / "b/run/checkpoints").iterdir())
+    run_entry(*arguments)
+    assert losses_of(tmp_path / "a/run") == losses_of(tmp_path / "b/run")
+    assert artifacts_equal(tmp_path / "a/run", tmp_path / "b/run")
+
+
+def test_termination_saves_and_a_damaged_checkpoint_is_passed_over(byte_data: Path, tmp_path: Path) -> None:
+    options = {"iterations": 40, "checkpoint_every": 4, "data_path": byte_data}
+    run_entry(*flags(**options, runs_dir=tmp_path / "a", run_id="run"))
+    arguments = flags(**options, runs_dir=tmp_path / "b", run_id="run")
+    process = start(*arguments)
+    wait_for_step(tmp_path / "b/run", 10, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "goes on from here" in process.communicate()[0]
+    newest, before = sorted((tmp_path / "b/run/checkpoints").glob("*.safetensors"), reverse=True)[:2]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    done = run_entry(*arguments)
+    assert f"{newest.name} is damaged" in done.stdout
+    assert before.name < newest.name
+    assert artifacts_equal(tmp_path / "a/run", tmp_path / "b/run")
+
+
+def test_another_configuration_does_not_resume(byte_data: Path, tmp_path: Path) -> None:
+    process = start(*flags(data_path=byte_data, runs_dir=tmp_path, run_id="run", iterations=100000))
+    wait_for_step(tmp_path / "run", 6, process)
+    process.kill()
+    process.communicate()
+    done = run_entry(*flags(data_path=byte_data, runs_dir=tmp_path, run_id="run", matrix_lr=0.5), check=False)
+    assert done.returncode == 2
+    assert "matrix_lr was 0.02, is 0.5" in done.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"sigreg_mode": "pooled", "attn_layers": "2", "document_reset": True}], ids=["seed", "pooled"])
+def test_two_ranks_train_as_one(byte_data: Path, tmp_path: Path, options: dict) -> None:
+    # One micro-batch a rank: SIGReg's statistic is over a micro-batch of all ranks together.
+    common = {**options, "data_path": byte_data, "temp_scaling": True, "micro_batch_tokens": 256, "qat_fraction": 0.0}
+    run_entry(*flags(**common, runs_dir=tmp_path, run_id="one"))
+    run_entry(*flags(**common, runs_dir=tmp_path, run_id="two"), ranks=2)
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert one.keys() == two.keys() == set(range(1, 21))
+    assert max(abs(one[s] - two[s]) for s in one) <= 1e-5
+    scores = [json.loads((tmp_path / name / "summary.json").read_text())["val_bpb"] for name in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-3)  # a weight may round to the neighbouring code
