@@ -80,5 +80,7 @@ def byte_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             bytes([255]) + b" ".join(words[i] for i in generator.zipf(1.5, generator.integers(20, 60)) % 50)
             for _ in range(documents)
         ]
-        write_shard(folder / f"tiny_{split}_000000.bin", np.frombuffer(b"".join(text), dtype=np.uint8).astype(np.uint16))
+        write_shard(
+            folder / f"tiny_{split}_000000.bin", np.frombuffer(b"".join(text), dtype=np.uint8).astype(np.uint16)
+        )
     return folder

@@ -48,23 +48,67 @@ def test_refusals_teach(argv: list[str], environ: dict[str, str], says: str) -> 
 
 
 def test_near_miss_can_be_declared_foreign() -> None:
-    assert parse_command([], {"MODEL_DIMS": "512", "GOLF_IGNORE_ENV": "MODEL_DIMS"}).config == parse_command([], {}).config
+    assert (
+        parse_command([], {"MODEL_DIMS": "512", "GOLF_IGNORE_ENV": "MODEL_DIMS"}).config == parse_command([], {}).config
+    )
 
 
 def test_ordinary_environments_are_not_near_misses() -> None:
-    ordinary = (
-        "PATH HOME SHELL LANG LC_ALL PWD OLDPWD USER LOGNAME TERM HOSTNAME DISPLAY EDITOR PAGER PYTHONPATH VIRTUAL_ENV "
-        "OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_HOME NCCL_DEBUG RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR "
-        "MASTER_PORT GROUP_RANK LOCAL_WORLD_SIZE ROLE_RANK TORCHELASTIC_RUN_ID TOKENIZERS_PARALLELISM HF_HOME CI TMPDIR "
-        "SLURM_JOB_ID XDG_RUNTIME_DIR SSH_CONNECTION LD_LIBRARY_PATH CC CXX CFLAGS MAKEFLAGS MAKELEVEL GOLF_GOLDEN"
-    ).split()
+    ordinary = [
+        "PATH",
+        "HOME",
+        "SHELL",
+        "LANG",
+        "LC_ALL",
+        "PWD",
+        "OLDPWD",
+        "USER",
+        "LOGNAME",
+        "TERM",
+        "HOSTNAME",
+        "DISPLAY",
+        "EDITOR",
+        "PAGER",
+        "PYTHONPATH",
+        "VIRTUAL_ENV",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "CUDA_HOME",
+        "NCCL_DEBUG",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "GROUP_RANK",
+        "LOCAL_WORLD_SIZE",
+        "ROLE_RANK",
+        "TORCHELASTIC_RUN_ID",
+        "TOKENIZERS_PARALLELISM",
+        "HF_HOME",
+        "CI",
+        "TMPDIR",
+        "SLURM_JOB_ID",
+        "XDG_RUNTIME_DIR",
+        "SSH_CONNECTION",
+        "LD_LIBRARY_PATH",
+        "CC",
+        "CXX",
+        "CFLAGS",
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "GOLF_GOLDEN",
+    ]
     assert parse_command([], dict.fromkeys(ordinary, "x")).config.model_dim == Config().model_dim
 
 
-@pytest.mark.parametrize("content", ["PRESET = {'model_dimm': 3}", "import os\nPRESET = os.environ", "x = 1", "PRESET = {"])
+@pytest.mark.parametrize(
+    "content", ["PRESET = {'model_dimm': 3}", "import os\nPRESET = os.environ", "x = 1", "PRESET = {"]
+)
 def test_bad_presets_are_refused_and_never_run(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.py").write_text(content)
-    with pytest.raises(ConfigError, match="bad.py"):
+    with pytest.raises(ConfigError, match=r"bad\.py"):
         read_preset(str(tmp_path / "bad.py"))
 
 

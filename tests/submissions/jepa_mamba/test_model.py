@@ -66,12 +66,22 @@ def our_weights(published: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def config_of(golden: dict, projections: int) -> Config:
     g = dict(golden)
     return Config(
-        logit_softcap=float(g.pop("softcap")), jepa_weight=1.0, sigreg_lambda=1.0, ce_weight=1.0, sigreg_timesteps=0,
-        sigreg_num_proj=projections, chunk_size=16, train_seq_len=40, train_batch_tokens=40, **g,
-    )  # fmt: skip
+        logit_softcap=float(g.pop("softcap")),
+        jepa_weight=1.0,
+        sigreg_lambda=1.0,
+        ce_weight=1.0,
+        sigreg_timesteps=0,
+        sigreg_num_proj=projections,
+        chunk_size=16,
+        train_seq_len=40,
+        train_batch_tokens=40,
+        **g,
+    )
 
 
-def check_parity(config: Config, published: dict[str, np.ndarray], A: np.ndarray, x, y, expected: dict, tolerance: float):
+def check_parity(
+    config: Config, published: dict[str, np.ndarray], A: np.ndarray, x, y, expected: dict, tolerance: float
+):
     model = TrainingModel(config, KERNELS)
     weights = our_weights(published) | {"jepa.sigreg_A_DM": torch.from_numpy(A)}
     model.load_state_dict(weights, strict=True)
@@ -124,10 +134,24 @@ def test_numpy_reference_reproduces_the_published_model(path: Path) -> None:
 )
 def test_every_option_agrees_with_float64(tie: int, activation: str, projector: str, cap: str) -> None:
     golden = {
-        "vocab_size": 60, "model_dim": 32, "num_layers": 5, "d_state": 8, "d_conv": 4, "expand": 2, "headdim": 16,
-        "embed_dim": 24, "predictor_hidden_mult": 2, "mlp_mult": 2, "mlp_every": 2, "activation": activation,
-        "tie_embeddings": tie, "projector_type": projector, "jepa_steps": 2, "softcap": 15, "softcap_type": cap,
-    }  # fmt: skip
+        "vocab_size": 60,
+        "model_dim": 32,
+        "num_layers": 5,
+        "d_state": 8,
+        "d_conv": 4,
+        "expand": 2,
+        "headdim": 16,
+        "embed_dim": 24,
+        "predictor_hidden_mult": 2,
+        "mlp_mult": 2,
+        "mlp_every": 2,
+        "activation": activation,
+        "tie_embeddings": tie,
+        "projector_type": projector,
+        "jepa_steps": 2,
+        "softcap": 15,
+        "softcap_type": cap,
+    }
     config = config_of(golden, 16)
     model = TrainingModel(config, KERNELS)
     generator = torch.Generator().manual_seed(tie)
@@ -278,7 +302,9 @@ def test_package_kernels_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) -
     for initial, ids in itertools.product((None, state), (None, documents)):
         options = {"initial_state_BDS": initial, "document_ids_BT": ids}
         for ours, theirs in zip(
-            causal_conv1d_torch(x, weight, bias, **options), causal_conv1d_package(x, weight, bias, **options), strict=True
+            causal_conv1d_torch(x, weight, bias, **options),
+            causal_conv1d_package(x, weight, bias, **options),
+            strict=True,
         ):
             torch.testing.assert_close(ours, theirs)
     args = [torch.randn(2, 9, 4, 8, generator=generator), torch.rand(2, 9, 4, generator=generator), -torch.rand(4)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,7 @@ def test_lanes_cover_the_stream_and_begin_at_documents(lengths: list[int], lanes
     cut = lanes_of(tokens, lanes, 255)
     assert cut[0][0] == 0
     assert cut[-1][1] == len(tokens) - 1
-    assert all(a[1] == b[0] for a, b in zip(cut, cut[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(cut))
     assert all(tokens[start] == 255 for start, _ in cut)
     assert len(cut) <= lanes
 
@@ -45,11 +47,21 @@ def stream(seed: int = 0, documents: int = 9) -> np.ndarray:
 
 
 def nll(lm, tokens: np.ndarray, mode: str, **options) -> tuple[np.ndarray, int]:
-    chosen = {"length": 32, "stride": 8, "batch_tokens": 128, "lanes": 3, "bos_id": 255, "temperature": 1.0, "ranks": ALONE}
+    chosen = {
+        "length": 32,
+        "stride": 8,
+        "batch_tokens": 128,
+        "lanes": 3,
+        "bos_id": 255,
+        "temperature": 1.0,
+        "ranks": ALONE,
+    }
     return token_nll(lm, tokens, mode=mode, **{**chosen, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"document_reset": True}, {"document_reset": True, "attn_layers": "1", "attn_window": 16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"document_reset": True}, {"document_reset": True, "attn_layers": "1", "attn_window": 16}], ids=str
+)
 def test_carried_state_is_one_long_sequence(options: dict) -> None:
     lm, tokens = randomised(tiny(**options)), stream()
     carried, computed = nll(lm, tokens, "carried")
@@ -80,7 +92,7 @@ def test_probabilities_sum_to_one(mode: str) -> None:
     lm, prefix = randomised(tiny()), stream()[:40]
     for temperature in (0.7, 1.0, 1.3):
         last = [
-            nll(lm, np.append(prefix, np.uint16(token)), mode, temperature=temperature)[0][-1] for token in range(0, 256)
+            nll(lm, np.append(prefix, np.uint16(token)), mode, temperature=temperature)[0][-1] for token in range(256)
         ]
         assert np.exp(-np.array(last)).sum() == pytest.approx(1.0, abs=1e-4)
 

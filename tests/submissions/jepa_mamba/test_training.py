@@ -42,7 +42,9 @@ def batch_of(config, seed: int = 0) -> StepBatch:
     return StepBatch(x, y, torch.zeros(shape, dtype=torch.int32), {})
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_embeddings": 0}, {"tie_embeddings": 2}, {"tie_embeddings": 3}, EVERYTHING], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_embeddings": 0}, {"tie_embeddings": 2}, {"tie_embeddings": 3}, EVERYTHING], ids=str
+)
 def test_every_parameter_is_in_exactly_one_group_and_moves(options: dict) -> None:
     config = tiny(**options)
     trainer = Trainer(config, KERNELS, ALONE)
@@ -148,29 +150,59 @@ def test_schedules() -> None:
 
 def test_run_folder_and_summary(byte_data: Path, tmp_path: Path) -> None:
     arguments = flags(
-        data_path=byte_data, runs_dir=tmp_path, run_id="whole", eval_modes="carried,standard,sliding", val_loss_every=10,
-        temp_scaling=True, document_reset=True, sliding_eval_stride=8,
-    )  # fmt: skip
+        data_path=byte_data,
+        runs_dir=tmp_path,
+        run_id="whole",
+        eval_modes="carried,standard,sliding",
+        val_loss_every=10,
+        temp_scaling=True,
+        document_reset=True,
+        sliding_eval_stride=8,
+    )
     done = run_entry(*arguments)
     run = tmp_path / "whole"
     assert {p.name for p in run.iterdir()} == {
-        "config.json", "log.jsonl", "train.log", "checkpoints", "model.artifact", "summary.json",
-    }  # fmt: skip
+        "config.json",
+        "log.jsonl",
+        "train.log",
+        "checkpoints",
+        "model.artifact",
+        "summary.json",
+    }
     summary = json.loads((run / "summary.json").read_text())
-    wanted = (
-        "val_bpb val_loss val_tokens val_bytes eval_mode float_val_bpb artifact_bytes code_bytes total_bytes params steps "
-        "tokens train_s eval_s seed config git"
-    ).split()
+    wanted = [
+        "val_bpb",
+        "val_loss",
+        "val_tokens",
+        "val_bytes",
+        "eval_mode",
+        "float_val_bpb",
+        "artifact_bytes",
+        "code_bytes",
+        "total_bytes",
+        "params",
+        "steps",
+        "tokens",
+        "train_s",
+        "eval_s",
+        "seed",
+        "config",
+        "git",
+    ]
     assert all(key in summary for key in wanted)
     val = np.fromfile(next(byte_data.glob("*_val_*")), dtype="<u2")[512:]
     assert summary["val_tokens"] == len(val) - 1
     assert summary["val_bytes"] == int((val[1:] != 255).sum())
-    assert summary["val_bpb"] == pytest.approx(summary["val_loss"] * summary["val_tokens"] / np.log(2) / summary["val_bytes"])
+    assert summary["val_bpb"] == pytest.approx(
+        summary["val_loss"] * summary["val_tokens"] / np.log(2) / summary["val_bytes"]
+    )
     assert summary["artifact_bytes"] == (run / "model.artifact").stat().st_size
     assert summary["steps"] == 20
     assert summary["tokens"] == 20 * 256
     assert summary["scores"]["carried"]["computed_per_token"] < 1.2
-    assert {"jepa_cosine", "jepa_r2_over_copy", "z_temporal_variance", "lm_top5", "probe_bpb"} <= set(summary["jepa_diagnostics"])
+    assert {"jepa_cosine", "jepa_r2_over_copy", "z_temporal_variance", "lm_top5", "probe_bpb"} <= set(
+        summary["jepa_diagnostics"]
+    )
     log = (run / "train.log").read_text()
     assert ENTRY.read_text()[:500] in log
     assert "common/ssd/torch_impl.py" in log
@@ -179,7 +211,9 @@ def test_run_folder_and_summary(byte_data: Path, tmp_path: Path) -> None:
     assert [e["step"] for e in events if e["event"] == "validation"] == [10]
 
     # The same numbers in a fresh process, from the artifact alone.
-    scored = json.loads(run_entry("--score", str(run / "model.artifact"), "--val", str(byte_data / "*_val_*.bin")).stdout)
+    scored = json.loads(
+        run_entry("--score", str(run / "model.artifact"), "--val", str(byte_data / "*_val_*.bin")).stdout
+    )
     assert scored["val_bpb"] == summary["val_bpb"]
     assert scored["scores"].keys() == summary["scores"].keys()
     assert all(scored["scores"][m]["bpb"] == summary["scores"][m]["bpb"] for m in scored["scores"])
@@ -194,15 +228,26 @@ def test_run_folder_and_summary(byte_data: Path, tmp_path: Path) -> None:
 
 
 def test_wall_clock_is_never_exceeded_and_counts_the_temperature_search(byte_data: Path, tmp_path: Path) -> None:
-    run_entry(*flags(data_path=byte_data, runs_dir=tmp_path, run_id="clock", iterations=100000, max_wallclock_seconds=3.0,
-                     warmup_steps=1, train_log_every=50))  # fmt: skip
+    run_entry(
+        *flags(
+            data_path=byte_data,
+            runs_dir=tmp_path,
+            run_id="clock",
+            iterations=100000,
+            max_wallclock_seconds=3.0,
+            warmup_steps=1,
+            train_log_every=50,
+        )
+    )
     summary = json.loads((tmp_path / "clock/summary.json").read_text())
     assert summary["steps"] < 100000
     assert 1.0 < summary["train_s"] <= 3.5  # the reserve is an estimate; the margin is this machine's noise
 
 
 def test_over_budget_is_an_error(byte_data: Path, tmp_path: Path) -> None:
-    done = run_entry(*flags(data_path=byte_data, runs_dir=tmp_path, run_id="fat", iterations=1, budget_bytes=20_000), check=False)
+    done = run_entry(
+        *flags(data_path=byte_data, runs_dir=tmp_path, run_id="fat", iterations=1, budget_bytes=20_000), check=False
+    )
     assert done.returncode == 2
     assert "20,000" in done.stderr
     assert not (tmp_path / "fat/summary.json").exists()
@@ -211,8 +256,13 @@ def test_over_budget_is_an_error(byte_data: Path, tmp_path: Path) -> None:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ENTRY.parents[2])}
-    return subprocess.Popen([sys.executable, str(ENTRY), *arguments], env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ENTRY), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -268,7 +318,9 @@ def test_another_configuration_does_not_resume(byte_data: Path, tmp_path: Path) 
     assert "matrix_lr was 0.02, is 0.5" in done.stderr
 
 
-@pytest.mark.parametrize("options", [{}, {"sigreg_mode": "pooled", "attn_layers": "2", "document_reset": True}], ids=["seed", "pooled"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sigreg_mode": "pooled", "attn_layers": "2", "document_reset": True}], ids=["seed", "pooled"]
+)
 def test_two_ranks_train_as_one(byte_data: Path, tmp_path: Path, options: dict) -> None:
     # One micro-batch a rank: SIGReg's statistic is over a micro-batch of all ranks together.
     common = {**options, "data_path": byte_data, "temp_scaling": True, "micro_batch_tokens": 256, "qat_fraction": 0.0}
