@@ -16,7 +16,7 @@ is_new_enough() { "$1" -c 'import sys; raise SystemExit(sys.version_info < (3, 1
 find_python() {
     if [[ -n "${PYTHON:-}" ]]; then
         if is_new_enough "$PYTHON"; then echo "$PYTHON" && return; fi
-        echo "setup: PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || echo missing); Python 3.11 or newer is needed." >&2
+        echo "setup: PYTHON=$PYTHON is $("$PYTHON" --version 2>/dev/null || echo missing); Python 3.11 or newer is needed." >&2
         return 1
     fi
     local candidate
@@ -24,7 +24,7 @@ find_python() {
         if is_new_enough "$candidate"; then echo "$candidate" && return; fi
     done
     echo "setup: no Python 3.11 or newer among python3, python3.12, python3.11, python3.13 (python3 is" \
-        "$(python3 --version 2>&1 || echo missing)). Install one or name it: make setup PYTHON=/path/to/python3.12" >&2
+        "$(python3 --version 2>/dev/null || echo missing)). Install one or name it: make setup PYTHON=/path/to/python3.12" >&2
     return 1
 }
 
