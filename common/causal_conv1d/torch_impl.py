@@ -21,8 +21,8 @@ def causal_conv1d_torch(
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution y_t = act(bias + sum_k weight[:, k] * x_{t - (K-1) + k}).
 
-    Source: the short convolution of Gu and Dao 2023 (Mamba). Ours keeps time before channels, as the rest of the model does,
-    so that nothing is transposed, and stops at changes of document.
+    Source: the short convolution of Gu and Dao 2023 (Mamba). Ours keeps time before channels, as the rest of the model
+    does, so that nothing is transposed, and stops at changes of document.
 
     Args:
         x_BTD: inputs; any floating dtype.
@@ -36,9 +36,9 @@ def causal_conv1d_torch(
     Raises:
         ValueError: shapes do not fit together, or the activation is unknown.
 
-    Numerics: float64 for float64 inputs; otherwise products and sums are float32 whatever the dtype of x, and y is rounded to
-    it once. The final state is a copy of inputs, exact, in the dtype of x. One backward pass is supported, not the derivative
-    of it.
+    Numerics: float64 for float64 inputs; otherwise products and sums are float32 whatever the dtype of x, and y is
+    rounded to it once. The final state is a copy of inputs, exact, in the dtype of x. One backward pass is supported,
+    not the derivative of it.
     """
     if x_BTD.dim() != 3 or weight_DK.dim() != 2 or x_BTD.shape[2] != weight_DK.shape[0]:
         raise ValueError(
@@ -90,7 +90,7 @@ def _conv1d_same_document(run_Bt: Tensor | None, shift: int, carried: int) -> Te
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """The convolution over inputs with S earlier positions in front; the pre-activation is computed again in backward."""
+    """The convolution over inputs with S earlier ones in front; backward computes the pre-activation again."""
 
     @staticmethod
     def forward(ctx, padded_BtD, weight_DK, bias_D, run_Bt, silu):

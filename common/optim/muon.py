@@ -18,8 +18,8 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def newton_schulz_torch(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: U V^T of G = U S V^T with singular values in about [0.7, 1.2].
 
-    Source: Jordan et al. 2024, "Muon"; Bernstein and Newhouse 2024. X <- a X + (b X X^T + c (X X^T)^2) X with X of Frobenius
-    norm 1 at first, on the side where X X^T is the smaller.
+    Source: Jordan et al. 2024, "Muon"; Bernstein and Newhouse 2024. X <- a X + (b X X^T + c (X X^T)^2) X with X of
+    Frobenius norm 1 at first, on the side where X X^T is the smaller.
 
     Args:
         G_BMN: matrices of one shape; a single (M, N) is allowed.
@@ -30,7 +30,8 @@ def newton_schulz_torch(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None 
     Raises:
         ValueError: fewer than two dimensions or negative steps.
 
-    Numerics: the norm is taken in float32 at least; the iteration amplifies rounding of the smallest singular values only.
+    Numerics: the norm is taken in float32 at least; the iteration amplifies rounding of the smallest singular values
+    only.
     """
     if G_BMN.dim() not in (2, 3) or steps < 0:
         raise ValueError(f"newton_schulz: G is {tuple(G_BMN.shape)} and steps {steps}; expected (B,M,N) and steps >= 0")
@@ -54,29 +55,32 @@ def newton_schulz_torch(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, for matrices.
 
-    Source: Jordan et al. 2024, "Muon"; optional row normalisation and row blocks as in the seed recipe and FACTS. Ours batches
-    matrices of one shape in one product, and every rank orthogonalises its share of them: the results are exchanged by one
-    all-gather, so parameters and momentum stay equal on all ranks, and a state dict saved by one restores any.
+    Source: Jordan et al. 2024, "Muon"; optional row normalisation and row blocks as in the seed recipe. Ours
+    batches matrices of one shape in one product, and every rank orthogonalises its share of them: the results are
+    exchanged by one all-gather, so parameters and momentum stay equal on all ranks, and a state dict saved by one
+    restores all.
 
     Per matrix: m <- momentum * m + g;  u = g + momentum * m (Nesterov) or m;  o = newton_schulz(u), block by block of
-    `row_splits`;  p <- p * (1 - lr * weight_decay) - lr * max(1, rows/columns)^0.5 * o, rows and columns those of the block.
+    `row_splits`;  p <- p * (1 - lr * weight_decay) - lr * max(1, rows/columns)^0.5 * o, rows and columns those of the
+    block.
 
     Args (each also a key of a parameter group):
-        params: 2-D parameters or groups of them, equal and in equal order on all ranks; gradients must already be averaged.
+        params: 2-D parameters or groups of them, equal and in equal order on all ranks; gradients must already be
+            averaged.
         lr: learning rate, a change of the entries' scale per step, >= 0.
         momentum: in [0, 1).
         nesterov: look one step ahead.
         steps: Newton-Schulz iterations, >= 0.
         weight_decay: decoupled decay, times lr, >= 0.
-        row_splits: row counts of blocks that are orthogonalised apart (as z, x, B, C, dt of an in-projection); they sum up to
-            the rows of every matrix of the group. None for whole matrices.
+        row_splits: row counts of blocks that are orthogonalised apart (as z, x, B, C, dt of an in-projection); they sum
+            up to the rows of every matrix of the group. None for whole matrices.
         normalize_rows: divide each row of the momentum's result by its root mean square before Newton-Schulz.
         dtype: of the Newton-Schulz products; None as in `newton_schulz_torch`. Not a group key.
     Raises:
         ValueError: an option out of range, a parameter that is not a matrix, or row_splits that do not add up.
 
-    Numerics: momentum and parameters keep the dtype of the parameter (meant to be float32). State: `momentum`, one tensor a
-    parameter. A parameter without gradient is not touched; it must lack one on all ranks.
+    Numerics: momentum and parameters keep the dtype of the parameter (meant to be float32). State: `momentum`, one
+    tensor a parameter. A parameter without gradient is not touched; it must lack one on all ranks.
     """
 
     def __init__(
@@ -115,10 +119,14 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"Muon: {options}; expected lr, steps, weight_decay >= 0 and momentum in [0, 1)")
         for p in group["params"]:
             if p.dim() != 2:
-                raise ValueError(f"Muon: a parameter of shape {tuple(p.shape)}; expected matrices, give the rest to AdamW")
+                raise ValueError(
+                    f"Muon: a parameter of shape {tuple(p.shape)}; expected matrices, give the rest to AdamW"
+                )
             splits = group["row_splits"]
             if splits is not None and (sum(splits) != p.shape[0] or min(splits) < 1):
-                raise ValueError(f"Muon: row_splits {tuple(splits)} for {p.shape[0]} rows; expected positive counts of that sum")
+                raise ValueError(
+                    f"Muon: row_splits {tuple(splits)} for {p.shape[0]} rows; expected positive counts of that sum"
+                )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -167,23 +175,22 @@ class Muon(torch.optim.Optimizer):
         for (shape, steps, normalize_rows, _, _), entries in batches.items():
             share = -(-len(entries) // ranks)
             own = entries[rank * share : (rank + 1) * share]
-            done = None
+            done = entries[0][1].new_empty(0, *shape)
             if own:
                 block_BMN = torch.stack([block for _, block, _ in own])
                 if normalize_rows:
                     block_BMN = block_BMN * torch.rsqrt(block_BMN.square().mean(dim=2, keepdim=True) + 1e-20)
                 done = newton_schulz_torch(block_BMN, steps, dtype=self._dtype)
             if ranks > 1:
-                done = self._gather(done, share, shape, entries[0][1], ranks)
+                done = self._gather(done, share, ranks)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for (target, _, lr), update in zip(entries, done, strict=False):
                 target.add_(update, alpha=-lr * scale)
 
-    def _gather(self, done: Tensor | None, share: int, shape: tuple[int, int], like: Tensor, ranks: int) -> Tensor:
+    def _gather(self, done: Tensor, share: int, ranks: int) -> Tensor:
         """Concatenate the shares of all ranks, of which the last ones may be short or empty."""
-        own = like.new_zeros(share, *shape)
-        if done is not None:
-            own[: done.shape[0]] = done
-        every = like.new_empty(ranks * share, *shape)
+        own = done.new_zeros(share, *done.shape[1:])
+        own[: done.shape[0]] = done
+        every = done.new_empty(ranks * share, *done.shape[1:])
         dist.all_gather_into_tensor(every, own, group=self._process_group)
         return every

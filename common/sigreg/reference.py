@@ -25,7 +25,9 @@ def sigreg_quadrature_reference(
     return t_K, phi_K, 2.0 * trapezoid_K * phi_K
 
 
-def sigreg_reference(z: np.ndarray, A_DM: np.ndarray, *, knots: int = 17, per_timestep: bool) -> tuple[float, np.ndarray]:
+def sigreg_reference(
+    z: np.ndarray, A_DM: np.ndarray, *, knots: int = 17, per_timestep: bool
+) -> tuple[float, np.ndarray]:
     """Mean over positions and projections of sum_k w_k |mean_n exp(i t_k p_n) - phi(t_k)|^2, p = z A, and its gradient.
 
     Source: see `sigreg_quadrature` of the torch form.

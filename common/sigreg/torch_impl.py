@@ -17,8 +17,9 @@ def sigreg_quadrature(
 ) -> tuple[list[float], list[float], list[float]]:
     """Knots, target values and weights of the integral over t.
 
-    Source: Balestriero and LeCun 2025 (LeJEPA), Epps-Pulley statistic; range and window of the seed recipe. The integral over
-    |t| in [t_min, t_max] of (distance)^2 exp(-t^2/2) dt is twice that over the positive half, by the trapezoid rule.
+    Source: Balestriero and LeCun 2025 (LeJEPA), Epps-Pulley statistic; range and window of the seed recipe. The
+    integral over |t| in [t_min, t_max] of (distance)^2 exp(-t^2/2) dt is twice that over the positive half, by the
+    trapezoid rule.
 
     Args:
         knots: number of equally spaced knots, >= 2.
@@ -66,25 +67,26 @@ def sigreg_torch(
 ) -> Tensor:
     """Mean over projections (and positions) of sum_k w_k |phi_hat(t_k) - phi(t_k)|^2.
 
-    Source: as `sigreg_quadrature`. Ours averages cos and sin over the samples of all ranks before it compares them, so the
-    statistic is that of the global batch; the statistic is not multiplied by the number of samples.
+    Source: as `sigreg_quadrature`. Ours averages cos and sin over the samples of all ranks before it compares them, so
+    the statistic is that of the global batch; the statistic is not multiplied by the number of samples.
 
     Args:
         z: (N, T, D) with per_timestep, one statistic a position over its N samples; else (N, D), one over all N.
         A_DM: projections, columns of unit length; not differentiated.
         knots: of the quadrature on [0.2, 4].
         per_timestep: which of the two forms.
-        process_group: ranks whose samples are pooled; None for all ranks when torch.distributed is initialized, else this
-            process. T must be equal on all of them; N need not be.
+        process_group: ranks whose samples are pooled; None for all ranks when torch.distributed is initialized, else
+            this process. T must be equal on all of them; N need not be.
     Returns:
-        scalar, float64 for float64 z, else float32; the same on every rank. Its gradient is that of the global statistic
-        times the number of ranks, so it is right when gradients are AVERAGED over the ranks afterwards.
+        scalar, float64 for float64 z, else float32; the same on every rank. Its gradient is that of the global
+        statistic times the number of ranks, so it is right when gradients are AVERAGED over the ranks afterwards.
     Raises:
         ValueError: shapes do not fit together.
 
-    Numerics: sums over samples are float32 (float64 for float64 z). Knots are equally spaced, so exp(i t_k p) is rotated from
-    knot to knot; with 17 knots this loses less than 2e-6. Nothing of the size N*T*M*K exists: backward keeps only z and the K
-    averages, and runs over the knots again. One backward pass is supported, not the derivative of it.
+    Numerics: sums over samples are float32 (float64 for float64 z). Knots are equally spaced, so exp(i t_k p) is
+    rotated from knot to knot; with 17 knots this loses less than 2e-6. Nothing of the size N*T*M*K exists: backward
+    keeps only z and the K averages, and runs over the knots again. One backward pass is supported, not the derivative
+    of it.
     """
     if z.dim() != (3 if per_timestep else 2) or A_DM.dim() != 2 or z.shape[-1] != A_DM.shape[0] or z.shape[0] < 1:
         form = "(N,T,D)" if per_timestep else "(N,D)"
@@ -163,10 +165,12 @@ class _Sigreg(torch.autograd.Function):
         samples, positions, _ = z_NTD.shape
         knots, _, projections = cos_KTM.shape
         t_K, _, weight_K = sigreg_quadrature(knots)
-        # d loss / d p = sum_k 2 w_k t_k / (T M n) * (sin error * cos(t p) - cos error * sin(t p)); times the ranks, because the
-        # caller averages over them what belongs to one sum.
+        # d loss / d p = sum_k 2 w_k t_k / (T M n) * (sin error * cos(t p) - cos error * sin(t p)); times the ranks,
+        # because the caller averages over them what belongs to one sum.
         scale = dloss * (2.0 * ctx.ranks / (positions * projections)) / count
-        slope_K = scale * torch.tensor([w * t for w, t in zip(weight_K, t_K, strict=True)], dtype=acc, device=z_NTD.device)
+        slope_K = scale * torch.tensor(
+            [w * t for w, t in zip(weight_K, t_K, strict=True)], dtype=acc, device=z_NTD.device
+        )
         by_cos_KTM = sin_KTM * slope_K[:, None, None]
         by_sin_KTM = cos_KTM * slope_K[:, None, None]
         dz_NTD = torch.empty_like(z_NTD)

@@ -18,8 +18,8 @@ _SOFTCAP_KINDS = ("poly", "tanh", "none")
 def softcap_torch(logits: Tensor, cap: float, kind: str) -> Tensor:
     """Logits bounded to [-cap, cap].
 
-    Source: tanh capping is that of Gemma 2; the polynomial is the seed recipe's: cap * clamp(u - u^3/3 + u^5/15, -1, 1) with
-    u = logit/cap clamped to [-2, 2].
+    Source: tanh capping is that of Gemma 2; the polynomial is the seed recipe's: cap * clamp(u - u^3/3 + u^5/15, -1, 1)
+    with u = logit/cap clamped to [-2, 2].
 
     Args:
         logits: any shape, floating.
@@ -55,8 +55,8 @@ def softcap_xent_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy of capped logits x W^T + b, plus z_weight times the mean square of their log-partition.
 
-    Source: z-loss as in PaLM (Chowdhery et al. 2022, section 5). The gradient with respect to x, W and b is computed together
-    with the loss, piece by piece, so that only `chunk_tokens` rows of logits exist at any time.
+    Source: z-loss as in PaLM (Chowdhery et al. 2022, section 5). The gradient with respect to x, W and b is computed
+    together with the loss, piece by piece, so that only `chunk_tokens` rows of logits exist at any time.
 
     Args:
         x_ND: rows that are projected.
@@ -64,17 +64,17 @@ def softcap_xent_torch(
         targets_N: integers in [0, V).
         cap, kind: as in `softcap_torch`.
         z_weight: weight of the z-loss, >= 0.
-        chunk_tokens: rows of logits that exist at once; None for as many as suit the device (half a million logits on a CPU,
-            where they stay in cache, 64 million elsewhere).
+        chunk_tokens: rows of logits that exist at once; None for as many as suit the device (half a million logits on a
+            CPU, where they stay in cache, 64 million elsewhere).
     Returns:
         loss = ce + z, differentiable once; ce, mean cross-entropy in nats; z = z_weight * mean(lse^2). Scalars in the
         accumulation dtype; ce and z are detached.
     Raises:
         ValueError: shapes do not fit together, unknown kind, cap <= 0, no rows, or chunk_tokens < 1.
 
-    Numerics: float64 for float64 rows. Otherwise capping, exponentials and sums are float32; products are in the dtype of x
-    on CUDA (the weight is rounded to it) and in float32 on a CPU; the weight's gradient is summed over the pieces in float32.
-    Memory beyond the arguments: chunk_tokens * V * about 5 numbers, and the three gradients.
+    Numerics: float64 for float64 rows. Otherwise capping, exponentials and sums are float32; products are in the dtype
+    of x on CUDA (the weight is rounded to it) and in float32 on a CPU; the weight's gradient is summed over the pieces
+    in float32. Memory beyond the arguments: chunk_tokens * V * about 5 numbers, and the three gradients.
     """
     _softcap_check(cap, kind)
     rows_each = _softcap_rows(x_ND, weight_VD, bias_V, targets_N, chunk_tokens)
@@ -135,7 +135,9 @@ def _softcap_check(cap: float, kind: str) -> None:
 def _softcap_rows(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_tokens: int | None) -> int:
     """Check the shapes and return the rows of one piece."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.shape[0] < 1:
-        raise ValueError(f"softcap: x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (N,D), N >= 1, and (V,D)")
+        raise ValueError(
+            f"softcap: x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (N,D), N >= 1, and (V,D)"
+        )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"softcap: bias is {tuple(bias.shape)}, expected {(weight.shape[0],)}")
     if tuple(targets.shape) != (x.shape[0],):
@@ -169,8 +171,8 @@ class _SoftcapXent(torch.autograd.Function):
         count = x_ND.shape[0]
         acc, product = _softcap_dtypes(x_ND)
         weight_p = weight_VD.to(product)
-        dx_ND = torch.empty_like(x_ND) if differentiable else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=acc) if differentiable else None
+        dx_ND = torch.empty_like(x_ND) if differentiable else x_ND
+        dweight_VD = torch.zeros_like(weight_VD, dtype=acc) if differentiable else weight_VD
         dbias_V = torch.zeros_like(bias_V, dtype=acc) if differentiable and bias_V is not None else None
         # Sums of many rows keep their digits in float64.
         ce_sum = torch.zeros((), dtype=torch.float64, device=x_ND.device)
@@ -214,7 +216,9 @@ class _SoftcapXent(torch.autograd.Function):
         ce = (ce_sum / count).to(acc)
         z = (z_weight * z_sum / count).to(acc)
         if differentiable:
-            ctx.save_for_backward(dx_ND, dweight_VD.to(weight_VD.dtype), None if dbias_V is None else dbias_V.to(bias_V.dtype))
+            ctx.save_for_backward(
+                dx_ND, dweight_VD.to(weight_VD.dtype), None if dbias_V is None or bias_V is None else dbias_V.to(bias_V.dtype)
+            )
         ctx.mark_non_differentiable(ce, z)
         return ce + z, ce, z
 
@@ -226,17 +230,19 @@ class _SoftcapXent(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def _softcap_with_slope(logits_nV: Tensor, cap: float, kind: str, slope: bool) -> tuple[Tensor, Tensor | None]:
+def _softcap_with_slope(logits_nV: Tensor, cap: float, kind: str, slope: bool) -> tuple[Tensor, Tensor]:
     """Capped logits in fresh memory (kind "none": the logits themselves) and their derivative, in few passes.
 
-    For "poly" the derivative is that inside the edge; the caller zeroes it outside. Clamping the logit at the edge, where
-    the polynomial reaches 1, equals clamping at 2 and then the polynomial at 1.
+    The second result means nothing without `slope`, or for kind "none", whose derivative is 1.
+
+    For "poly" the derivative is that inside the edge; the caller zeroes it outside. Clamping the logit at the edge,
+    where the polynomial reaches 1, equals clamping at 2 and then the polynomial at 1.
     """
     if kind == "none":
-        return logits_nV, None
+        return logits_nV, logits_nV
     if kind == "tanh":
         u_nV = torch.mul(logits_nV, 1.0 / cap).tanh_()
-        return u_nV * cap, torch.sub(1.0, u_nV * u_nV) if slope else None
+        return u_nV * cap, torch.sub(1.0, u_nV * u_nV) if slope else u_nV
     u_nV = torch.clamp(logits_nV, -SOFTCAP_POLY_EDGE * cap, SOFTCAP_POLY_EDGE * cap)
     v_nV = u_nV * u_nV
     one = logits_nV.new_ones(())
@@ -244,6 +250,6 @@ def _softcap_with_slope(logits_nV: Tensor, cap: float, kind: str, slope: bool) -
     inner_nV = torch.add(one * (-1.0 / (3.0 * cap**2)), v_nV, alpha=1.0 / (15.0 * cap**4))
     u_nV.mul_(torch.addcmul(one, inner_nV, v_nV))
     if not slope:
-        return u_nV, None
+        return u_nV, inner_nV
     torch.add(one * (-1.0 / cap**2), v_nV, alpha=1.0 / (3.0 * cap**4), out=inner_nV)
     return u_nV, torch.addcmul(one, inner_nV, v_nV, out=v_nV)

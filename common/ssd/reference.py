@@ -1,4 +1,4 @@
-"""The state-space scan as its recurrence, position by position, in float64: the definition that every backend is held to.
+"""The state-space scan as its recurrence in float64, position by position: what every backend is held to.
 
 Letters: B batch, T time, H heads, P head width, G groups, N state width.
 """
@@ -22,8 +22,8 @@ def ssd_scan_reference(
 ) -> tuple[np.ndarray, np.ndarray]:
     """S_t = exp(dt_t A) S_{t-1} + dt_t x_t (x) B_t and y_t = S_t C_t + D x_t.
 
-    Source: Dao and Gu 2024, "Transformers are SSMs", equation 1 with scalar A a head. The state restarts from zero wherever
-    document_ids differ from the position before.
+    Source: Dao and Gu 2024, "Transformers are SSMs", equation 1 with scalar A a head. The state restarts from zero
+    wherever document_ids differ from the position before.
 
     Args:
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H: head h uses group h // (H/G).
@@ -113,7 +113,7 @@ def ssd_scan_backward_reference(
 
 
 def _ssd_reference_arguments(x, dt, A, B, C, D, document_ids) -> tuple[np.ndarray, ...]:
-    """Everything in float64, B and C a head each, and keep_BT: 0 where a document begins that is not the first, else 1."""
+    """Everything in float64, B and C for each head, and keep_BT: 0 where a document follows another, else 1."""
     x, dt, A, B, C = (np.asarray(a, np.float64) for a in (x, dt, A, B, C))
     repeat = x.shape[2] // B.shape[2]
     keep = np.ones(x.shape[:2])

@@ -1,7 +1,7 @@
 """Chunked state-space scan in plain torch operations, with a hand-written backward pass.
 
-Letters: B batch, T time, H heads, P head width, G groups, R heads of a group (H/G), N state width, L chunk length, c number of
-chunks, m = B*c chunks of the whole batch.
+Letters: B batch, T time, H heads, P head width, G groups, R heads of a group (H/G), N state width, L chunk length, c
+number of chunks, m = B*c chunks of the whole batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 def ssd_chunk_length(length: int, chunk_size: int) -> int:
     """Length of the chunks that a sequence is cut into: `chunk_size`, or a little less where that saves padding.
 
-    The result of the scan does not depend on it, so a sequence shorter than a chunk is one chunk, and the largest divisor of
-    `length` in [chunk_size/2, chunk_size] is taken when there is one (500 = 10 * 50): then nothing has to be copied.
+    The result of the scan does not depend on it, so a sequence shorter than a chunk is one chunk, and the largest
+    divisor of `length` in [chunk_size/2, chunk_size] is taken when there is one (500 = 10 * 50): then nothing has to be
+    copied.
 
     Args:
         length: positions of the sequence, >= 1.
@@ -45,9 +46,9 @@ def ssd_scan_torch(
 ) -> tuple[Tensor, Tensor]:
     """Selective state-space scan S_t = exp(dt_t A) S_{t-1} + dt_t x_t (x) B_t, y_t = S_t C_t + D x_t.
 
-    Source: Dao and Gu 2024, "Transformers are SSMs" (state space duality), section 6. Ours differs in that B and C stay shared
-    by the heads of a group in every product between chunks (one wide matrix product instead of one a head), that a loop over
-    heads keeps the L x L matrices in cache, and in the document resets.
+    Source: Dao and Gu 2024, "Transformers are SSMs" (state space duality), section 6. Ours differs in that B and C stay
+    shared by the heads of a group in every product between chunks (one wide matrix product instead of one a head), that
+    a loop over heads keeps the L x L matrices in cache, and in the document resets.
 
     Args:
         x_BTHP: inputs; float64, float32, bfloat16 or float16.
@@ -57,18 +58,20 @@ def ssd_scan_torch(
         C_BTGN: output directions.
         D_H: weight of the direct path, or None for none.
         initial_state_BHPN: state before position 0, belonging to the document of position 0; None for zeros.
-        document_ids_BT: integers; the state restarts wherever the id differs from the one before. None for one document.
+        document_ids_BT: integers; the state restarts wherever the id differs from the one before. None for one
+            document.
         chunk_size: positions that are worked on as one matrix product; changes speed, not the result.
     Returns:
         y_BTHP in the dtype of x, and final_state_BHPN in the accumulation dtype.
     Raises:
         ValueError: shapes do not fit together.
 
-    Numerics: decays, sums of decays and states are float64 for float64 inputs and float32 otherwise. A decay between two
-    positions is always exp of a difference of running sums taken inside one chunk, never a quotient of exponentials, so that
-    arbitrarily strong decay underflows to zero and nothing overflows. The running sum is taken in a chunk only, which bounds
-    its rounding by 6e-8 times the chunk's total of |dt A|. 16-bit inputs are multiplied as they are on CUDA, with float32
-    results; on a CPU they are widened first. One backward pass is supported, not the derivative of it.
+    Numerics: decays, sums of decays and states are float64 for float64 inputs and float32 otherwise. A decay between
+    two positions is always exp of a difference of running sums taken inside one chunk, never a quotient of
+    exponentials, so that arbitrarily strong decay underflows to zero and nothing overflows. The running sum is taken in
+    a chunk only, which bounds its rounding by 6e-8 times the chunk's total of |dt A|. 16-bit inputs are multiplied as
+    they are on CUDA, with float32 results; on a CPU they are widened first. One backward pass is supported, not the
+    derivative of it.
     """
     _ssd_check(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, document_ids_BT, chunk_size)
     in_dtype = x_BTHP.dtype
@@ -94,9 +97,7 @@ def ssd_scan_torch(
         C_BTGN = F.pad(C_BTGN, (0, 0, 0, 0, 0, padding))
         if run_BT is not None:
             run_BT = torch.cat([run_BT, run_BT[:, -1:].expand(-1, padding)], dim=1)
-    y_BTHP, final_BHPN = _SsdScan.apply(
-        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, run_BT, chunk_length
-    )
+    y_BTHP, final_BHPN = _SsdScan.apply(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, run_BT, chunk_length)
     if padding:
         y_BTHP = y_BTHP[:, :length]
     return y_BTHP.to(in_dtype), final_BHPN
@@ -143,13 +144,21 @@ def _ssd_check(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"ssd_scan: {name} is {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
     if length < 1 or groups < 1 or heads % groups:
-        raise ValueError(f"ssd_scan: {length} positions, {heads} heads, {groups} groups; expected T >= 1 and G dividing H")
+        raise ValueError(
+            f"ssd_scan: {length} positions, {heads} heads, {groups} groups; expected T >= 1 and G dividing H"
+        )
     if chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size is {chunk_size}, expected at least 1")
 
 
 def _ssd_step(
-    x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, D_H: Tensor | None, state_BHPN: Tensor | None
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor | None,
+    state_BHPN: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One position of the recurrence, as it is written; ordinary autograd differentiates it."""
     repeat = x_BTHP.shape[2] // B_BTGN.shape[2]
@@ -187,13 +196,15 @@ def _ssd_from_groups(t_qLK: Tensor, groups: int) -> Tensor:
     return t_qLK.view(q // groups, groups, length, width).transpose(1, 2).contiguous()
 
 
-def _ssd_decays(dt_BTH: Tensor, A_H: Tensor, run_BT: Tensor | None, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ssd_decays(
+    dt_BTH: Tensor, A_H: Tensor, run_BT: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Running sums of dt*A inside chunks, and the three decays made of them.
 
     Returns:
-        sums_mLH; from_state_mLH, what is left at a position of the state that enters its chunk; to_state_mLH, what is left at
-        the chunk's end of what a position adds; carry_mH, what is left of a state across the chunk. Zero where a change of
-        document lies between.
+        sums_mLH; from_state_mLH, what is left at a position of the state that enters its chunk; to_state_mLH, what is
+        left at the chunk's end of what a position adds; carry_mH, what is left of a state across the chunk. Zero where
+        a change of document lies between.
     """
     batch, length, heads = dt_BTH.shape
     count = length // chunk
@@ -202,7 +213,8 @@ def _ssd_decays(dt_BTH: Tensor, A_H: Tensor, run_BT: Tensor | None, chunk: int) 
     to_state_mLH = torch.exp(sums_mLH[:, -1:] - sums_mLH)
     if run_BT is not None:
         run_BcL = run_BT.view(batch, count, chunk)
-        # The state entering a chunk belongs to the document of the position before it; the initial one to that of position 0.
+        # The state entering a chunk belongs to the document of the position before it; the initial one to that of
+        # position 0.
         entering_Bc = F.pad(run_BcL[:, :-1, -1], (1, 0))
         from_state_mLH = from_state_mLH * (run_BcL == entering_Bc[..., None]).view(-1, chunk, 1)
         to_state_mLH = to_state_mLH * (run_BcL == run_BcL[..., -1:]).view(-1, chunk, 1)
@@ -252,8 +264,9 @@ class _SsdScan(torch.autograd.Function):
             states[:, 0] = 0
         else:
             states[:, 0] = state_BHPN.view(batch, groups, per_group, width, n).permute(0, 1, 4, 2, 3)
+        states[:, 1:] = added[:, :-1]
         for c in range(count - 1):
-            torch.addcmul(added[:, c], carry[:, c], states[:, c], out=states[:, c + 1])
+            states[:, c + 1].addcmul_(carry[:, c], states[:, c])
         final = torch.addcmul(added[:, -1], carry[:, -1], states[:, -1])
 
         y_qLK = _ssd_bmm(C_qLN, states.view(m * groups, n, per_group * width), product, acc)
@@ -297,15 +310,16 @@ class _SsdScan(torch.autograd.Function):
         B_qLN = _ssd_by_group(B_BTGN.view(m, chunk, groups, n))
         C_qLN = _ssd_by_group(C_BTGN.view(m, chunk, groups, n))
 
-        # Gradients of the states, from the last chunk to the first: after the loop leaving[:, c] is that of the state after
-        # chunk c, which is the state that enters chunk c + 1.
+        # Gradients of the states, from the last chunk to the first: after the loop leaving[:, c] is that of the state
+        # after chunk c, which is the state that enters chunk c + 1.
         seen_qLK = _ssd_by_group((dy_mLHP * from_state_mLH[..., None]).view(m, chunk, groups, per_group * width))
         entering = _ssd_bmm(C_qLN.mT, seen_qLK, product, acc).view(batch, count, groups, n, per_group, width)
         carry = carry_mH.view(batch, count, groups, 1, per_group, 1)
         leaving = torch.empty_like(entering)
         leaving[:, -1] = dfinal_BHPN.view(batch, groups, per_group, width, n).permute(0, 1, 4, 2, 3)
+        leaving[:, :-1] = entering[:, 1:]
         for c in range(count - 1, 0, -1):
-            torch.addcmul(entering[:, c], carry[:, c], leaving[:, c], out=leaving[:, c - 1])
+            leaving[:, c - 1].addcmul_(carry[:, c], leaving[:, c])
         dstate_BHPN = None
         if ctx.has_state:
             first = torch.addcmul(entering[:, 0], carry[:, 0], leaving[:, 0])
@@ -321,9 +335,9 @@ class _SsdScan(torch.autograd.Function):
         ddtx_qLK = _ssd_bmm(B_qLN, leaving_qNK, product, acc)
         ddtx_mLHP = _ssd_from_groups(ddtx_qLK, groups).view(m, chunk, heads, width).mul_(to_state_mLH[..., None])
 
-        # The exponent of every decay is the sum of dt*A over the positions between a writer and a reader. Its gradient is
-        # collected position by position without subtracting what cancels: readers at or after it of the entering state,
-        # writers before it into the leaving state, and the state that passes through the whole chunk.
+        # The exponent of every decay is the sum of dt*A over the positions between a writer and a reader. Its gradient
+        # is collected position by position without subtracting what cancels: readers at or after it of the entering
+        # state, writers before it into the leaving state, and the state that passes through the whole chunk.
         read_qLK = _ssd_bmm(C_qLN, states_qNK, product, acc)
         read_mLH = _ssd_from_groups(read_qLK.mul_(seen_qLK), groups).view(m, chunk, heads, width).sum(dim=-1)
         written_mLH = (ddtx_mLHP * dtx_mLHP).sum(dim=-1)
@@ -346,7 +360,8 @@ class _SsdScan(torch.autograd.Function):
             dscore_mGLL[:, g] += dweight_mLL
             weight_mLL = decay_mLL.mul_(score_mGLL[:, g])
             ddtx_mLHP[:, :, h] += _ssd_bmm(weight_mLL.mT, dyp_mLHP[:, :, h], product, acc)
-            # Between two positions of the chunk: plus at the reader, minus at the writer; a position by itself has no decay.
+            # Between two positions of the chunk: plus at the reader, minus at the writer; a position by itself has no
+            # decay.
             dpair_mLL = dweight_mLL.mul_(score_mGLL[:, g])
             dpair_mLL.diagonal(dim1=1, dim2=2).zero_()
             read_mLH[:, :, h] += dpair_mLL.sum(dim=2) - dpair_mLL.sum(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_state_carries_across_a_split(cuts):
     x, weight, bias, state = make_inputs(2, 20, 3, 4, torch.float32)
     whole, whole_state = causal_conv1d_torch(x, weight, bias, initial_state_BDS=state)
     parts, edges = [], (0, *cuts, 20)
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         y, state = causal_conv1d_torch(x[:, start:end], weight, bias, initial_state_BDS=state)
         parts.append(y)
     # Vectorised and scalar SiLU differ in the last bit, and which is used depends on the length of the call.
@@ -113,7 +115,9 @@ def test_documents_equal_documents_run_alone(lengths):
     loss, start = 0.0, 0
     for i, length in enumerate(lengths):
         state = alone[3] if i == 0 else None
-        part, last = causal_conv1d_torch(alone[0][:, start : start + length], alone[1], alone[2], initial_state_BDS=state)
+        part, last = causal_conv1d_torch(
+            alone[0][:, start : start + length], alone[1], alone[2], initial_state_BDS=state
+        )
         torch.testing.assert_close(y[:, start : start + length], part, rtol=1e-13, atol=1e-13)
         loss = loss + (part * dy[:, start : start + length]).sum()
         start += length
@@ -140,3 +144,18 @@ def test_wrong_arguments_are_named():
         causal_conv1d_torch(x, weight[:2], bias)
     with pytest.raises(ValueError, match="'gelu'"):
         causal_conv1d_torch(x, weight, bias, activation="gelu")
+
+
+def test_inside_torch_compile():
+    """One graph without breaks, forward and backward (the compiler's front end; no code is generated here)."""
+    leaves = [t.requires_grad_() for t in make_inputs(2, 20, 3, 4)]
+    documents = some_documents(20)
+
+    def loss(x, weight, bias, state):
+        y, final = causal_conv1d_torch(x, weight, bias, initial_state_BDS=state, document_ids_BT=documents)
+        return y.sin().sum() + final.square().sum()
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -17,8 +17,12 @@ KINDS = ("poly", "tanh", "none")
 
 def make_inputs(rows=50, vocabulary=37, width=24, spread=4.0, dtype=torch.float64):
     g = torch.Generator().manual_seed(rows)
-    x, weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((rows, width), (vocabulary, width), (vocabulary,)))
-    return [x.to(dtype), (weight * spread).to(dtype), bias.to(dtype)], torch.randint(0, vocabulary, (rows,), generator=g)
+    x, weight, bias = (
+        torch.randn(*s, generator=g, dtype=torch.float64) for s in ((rows, width), (vocabulary, width), (vocabulary,))
+    )
+    return [x.to(dtype), (weight * spread).to(dtype), bias.to(dtype)], torch.randint(
+        0, vocabulary, (rows,), generator=g
+    )
 
 
 def plain_loss(x, weight, bias, targets, cap, kind, z_weight):
@@ -36,9 +40,15 @@ def test_float64_equals_whole_logits(kind, bias, chunk_tokens):
     leaves = [t.requires_grad_() for t in ((x, weight, b) if bias else (x, weight))]
     b = b if bias else None
     # spread 4: most logits pass the cap of 15 and sit in the flat part of the polynomial
-    loss, ce, z = softcap_xent_torch(x, weight, b, targets, cap=15.0, kind=kind, z_weight=1e-2, chunk_tokens=chunk_tokens)
+    loss, ce, z = softcap_xent_torch(
+        x, weight, b, targets, cap=15.0, kind=kind, z_weight=1e-2, chunk_tokens=chunk_tokens
+    )
     expected = softcap_xent_reference(
-        *(None if t is None else t.detach().numpy() for t in (x, weight, b)), targets.numpy(), cap=15.0, kind=kind, z_weight=1e-2
+        *(None if t is None else t.detach().numpy() for t in (x, weight, b)),
+        targets.numpy(),
+        cap=15.0,
+        kind=kind,
+        z_weight=1e-2,
     )
     np.testing.assert_allclose([t.item() for t in (loss, ce, z)], expected, rtol=1e-13)
     assert not ce.requires_grad
@@ -98,7 +108,9 @@ def test_nll(kind, temperature):
         x.numpy(), weight.numpy(), bias.numpy(), targets.numpy(), cap=15.0, kind=kind, temperature=temperature
     )
     np.testing.assert_allclose(nll.numpy(), expected, rtol=1e-12, atol=1e-12)
-    low = softcap_nll_torch(x.float(), weight.float(), bias.float(), targets, cap=15.0, kind=kind, temperature=temperature)
+    low = softcap_nll_torch(
+        x.float(), weight.float(), bias.float(), targets, cap=15.0, kind=kind, temperature=temperature
+    )
     assert low.dtype == torch.float32
     np.testing.assert_allclose(low.numpy(), expected, rtol=2e-4, atol=2e-4)
 
@@ -118,7 +130,9 @@ def test_edge_of_the_polynomial():
     assert abs(u - u**3 / 3 + u**5 / 15 - 1) < 1e-15
     logits = torch.linspace(-60, 60, 4001, dtype=torch.float64).requires_grad_()
     capped = softcap_torch(logits, 15.0, "poly")
-    np.testing.assert_allclose(capped.detach().numpy(), softcap_reference(logits.detach().numpy(), 15.0, "poly"), atol=1e-13)
+    np.testing.assert_allclose(
+        capped.detach().numpy(), softcap_reference(logits.detach().numpy(), 15.0, "poly"), atol=1e-13
+    )
     slope = torch.autograd.grad(capped.sum(), logits)[0]
     assert ((slope > 0) == (logits.abs() < 15.0 * u)).all()
     assert (capped.diff() >= 0).all()
@@ -138,14 +152,16 @@ def test_golden_vectors():
 
 
 def test_whole_logits_never_exist():
-    """No operation of the fused loss sees a tensor of more than chunk_tokens * V numbers, inputs and gradients apart."""
+    """No operation of the fused loss makes a tensor of more than chunk_tokens * V numbers."""
     (x, weight, bias), targets = make_inputs(rows=200, vocabulary=100, width=4, dtype=torch.float32)
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor))
+            sizes.extend(
+                t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)
+            )
             return out
 
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
@@ -167,3 +183,17 @@ def test_wrong_arguments_are_named():
         softcap_nll_torch(x, weight, bias, targets, cap=15.0, kind="tanh", temperature=0.0)
     with pytest.raises(ValueError, match="chunk_tokens"):
         softcap_xent_torch(x, weight, bias, targets, cap=15.0, kind="tanh", chunk_tokens=0)
+
+
+def test_inside_torch_compile():
+    """One graph without breaks, forward and backward (the compiler's front end; no code is generated here)."""
+    inputs, targets = make_inputs()
+    leaves = [t.requires_grad_() for t in inputs]
+
+    def loss(*a):
+        return 2.0 * softcap_xent_torch(*a, targets, cap=15.0, kind="poly", z_weight=1e-2, chunk_tokens=16)[0]
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

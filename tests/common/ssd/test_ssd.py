@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,11 @@ def run_reference(inputs, dy, dstate, documents=None):
     documents = None if documents is None else documents.numpy()
     y, state = ssd_scan_reference(*arrays[:6], initial_state_BHPN=arrays[6], document_ids_BT=documents)
     grads = ssd_scan_backward_reference(
-        dy.double().numpy(), dstate.double().numpy(), *arrays[:6], initial_state_BHPN=arrays[6], document_ids_BT=documents
+        dy.double().numpy(),
+        dstate.double().numpy(),
+        *arrays[:6],
+        initial_state_BHPN=arrays[6],
+        document_ids_BT=documents,
     )
     return [y, state, *(grads[name] for name in NAMES)]
 
@@ -71,7 +77,8 @@ def plain_scan(x, dt, A, B, C, D, *, initial_state_BHPN, document_ids_BT=None):
 def errors(results, expected):
     """Largest absolute error of each tensor over the larger of 1 and the tensor's largest value."""
     return [
-        float(np.abs(a.double().numpy() - b).max() / max(1.0, np.abs(b).max())) for a, b in zip(results, expected, strict=True)
+        float(np.abs(a.double().numpy() - b).max() / max(1.0, np.abs(b).max()))
+        for a, b in zip(results, expected, strict=True)
     ]
 
 
@@ -96,7 +103,9 @@ def test_rounding_is_that_of_the_plain_form(length, dtype):
     ours = run_torch(inputs, dy, dstate, chunk_size=64)
     assert ours[0].dtype == dtype
     assert ours[1].dtype == torch.float32
-    for mine, plain in zip(errors(ours, expected), errors(run_torch(inputs, dy, dstate, scan=plain_scan), expected), strict=True):
+    for mine, plain in zip(
+        errors(ours, expected), errors(run_torch(inputs, dy, dstate, scan=plain_scan), expected), strict=True
+    ):
         assert mine <= 2 * plain + 1e-5
 
 
@@ -104,7 +113,9 @@ def test_rounding_is_that_of_the_plain_form(length, dtype):
 def test_chunk_size_does_not_matter(chunk_size):
     inputs = make_inputs(2, 90, 2, 4, 1, 3)
     dy, dstate = torch.randn(2, 90, 2, 4).double(), torch.randn(2, 2, 4, 3).double()
-    for a, b in zip(run_torch(inputs, dy, dstate, chunk_size=chunk_size), run_torch(inputs, dy, dstate, chunk_size=45), strict=True):
+    for a, b in zip(
+        run_torch(inputs, dy, dstate, chunk_size=chunk_size), run_torch(inputs, dy, dstate, chunk_size=45), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
@@ -127,7 +138,7 @@ def test_state_carries_across_a_split(cuts):
     x, dt, A, B, C, D, state = inputs
     whole, whole_state = ssd_scan_torch(*inputs[:6], initial_state_BHPN=state, chunk_size=16)
     parts, edges = [], (0, *cuts, 70)
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         s = slice(start, end)
         y, state = ssd_scan_torch(x[:, s], dt[:, s], A, B[:, s], C[:, s], D, initial_state_BHPN=state, chunk_size=16)
         parts.append(y)
@@ -169,13 +180,13 @@ def test_documents_equal_documents_run_alone(lengths):
         grads.append(result[2:])
         if last:
             torch.testing.assert_close(together[1], result[1], rtol=1e-12, atol=1e-12)
-    close = {"rtol": 1e-11, "atol": 1e-11}
-    torch.testing.assert_close(together[0], torch.cat(ys, 1), **close)
+    close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
+    close(together[0], torch.cat(ys, 1))
     for j in (0, 1, 3, 4):
-        torch.testing.assert_close(together[2 + j], torch.cat([g[j] for g in grads], 1), **close)
+        close(together[2 + j], torch.cat([g[j] for g in grads], 1))
     for j in (2, 5):
-        torch.testing.assert_close(together[2 + j], sum(g[j] for g in grads), **close)
-    torch.testing.assert_close(together[8], grads[0][6], **close)
+        close(together[2 + j], sum(g[j] for g in grads))
+    close(together[8], grads[0][6])
 
 
 @pytest.mark.parametrize("strength", [1e2, 1e4, 1e8])
@@ -192,7 +203,9 @@ def test_no_decay_is_a_running_sum():
     inputs = make_inputs(1, 200, 2, 4, 1, 3)
     x, dt, A, B, C, D, state = inputs
     _, final = ssd_scan_torch(x, dt, torch.zeros_like(A), B, C, D, initial_state_BHPN=state)
-    torch.testing.assert_close(final, state + torch.einsum("bthp,bth,btn->bhpn", x, dt, B[:, :, 0]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        final, state + torch.einsum("bthp,bth,btn->bhpn", x, dt, B[:, :, 0]), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_options_left_out():
@@ -200,7 +213,9 @@ def test_options_left_out():
     x, dt, A, B, C, D, _ = make_inputs(2, 33, 2, 4, 1, 3)
     x.requires_grad_()
     y, state = ssd_scan_torch(x, dt, A, B, C, chunk_size=8)
-    y0, state0 = ssd_scan_torch(x, dt, A, B, C, D * 0, initial_state_BHPN=torch.zeros(2, 2, 4, 3).double(), chunk_size=8)
+    y0, state0 = ssd_scan_torch(
+        x, dt, A, B, C, D * 0, initial_state_BHPN=torch.zeros(2, 2, 4, 3).double(), chunk_size=8
+    )
     torch.testing.assert_close(y, y0)
     torch.testing.assert_close(state, state0)
     for a, b in ((y, y0), (state, state0)):
@@ -210,7 +225,9 @@ def test_options_left_out():
 
 def test_non_contiguous_inputs():
     x, dt, A, B, C, D, state = make_inputs(2, 32, 2, 4, 1, 3)
-    wide = torch.cat([x.reshape(2, 32, 8), B[:, :, 0], C[:, :, 0], dt], dim=-1)  # one projection, cut up, as a model does
+    wide = torch.cat(
+        [x.reshape(2, 32, 8), B[:, :, 0], C[:, :, 0], dt], dim=-1
+    )  # one projection, cut up, as a model does
     px, pB, pC, pdt = wide.split([8, 3, 3, 2], dim=-1)
     y, s = ssd_scan_torch(
         px.unflatten(-1, (2, 4)), pdt, A, pB[:, :, None], pC[:, :, None], D,
@@ -252,3 +269,19 @@ def test_wrong_shapes_are_named():
         ssd_scan_torch(x[:, :, :3], dt[:, :, :3], A[:3], B, C, D[:3])
     with pytest.raises(ValueError, match="chunk_size"):
         ssd_scan_torch(x, dt, A, B, C, D, chunk_size=0)
+
+
+def test_inside_torch_compile():
+    """One graph without breaks, forward and backward (the compiler's front end; no code is generated here)."""
+    inputs = make_inputs(2, 50, 2, 4, 1, 3)
+    documents = (torch.arange(50) // 20).expand(2, -1)
+
+    def loss(*a):
+        y, state = ssd_scan_torch(*a[:6], initial_state_BHPN=a[6], document_ids_BT=documents, chunk_size=25)
+        return y.sin().sum() + state.square().sum()
+
+    leaves = [t.requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
