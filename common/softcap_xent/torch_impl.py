@@ -216,9 +216,9 @@ class _SoftcapXent(torch.autograd.Function):
         ce = (ce_sum / count).to(acc)
         z = (z_weight * z_sum / count).to(acc)
         if differentiable:
-            ctx.save_for_backward(
-                dx_ND, dweight_VD.to(weight_VD.dtype), None if dbias_V is None or bias_V is None else dbias_V.to(bias_V.dtype)
-            )
+            if dbias_V is not None and bias_V is not None:
+                dbias_V = dbias_V.to(bias_V.dtype)
+            ctx.save_for_backward(dx_ND, dweight_VD.to(weight_VD.dtype), dbias_V)
         ctx.mark_non_differentiable(ce, z)
         return ce + z, ce, z
 
