@@ -363,7 +363,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     """Command line + environment -> Command. Raises ConfigError; `--help` prints every option and exits."""
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
-        description=__doc__.split("\n")[0],
+        description=(__doc__ or "").split("\n")[0],
         allow_abbrev=False,
         epilog="Every option can also be set by an environment variable of the same name in upper case.",
     )
@@ -611,7 +611,9 @@ class CausalAttention(nn.Module):
             key = torch.arange(past + time_, device=u_BTD.device)[None, :]
             allowed = (key <= query) & (key > query - self.window)
             if documents is not None:
-                ids_BU = documents.now_BT if past == 0 else torch.cat([documents.before_BS, documents.now_BT], dim=1)
+                ids_BU = documents.now_BT
+                if past > 0 and documents.before_BS is not None:
+                    ids_BU = torch.cat([documents.before_BS, ids_BU], dim=1)
                 allowed = (allowed & (documents.now_BT[:, :, None] == ids_BU[:, None, :]))[:, None]
             y_BHTP = F.scaled_dot_product_attention(q_BHTP, k_BHTP, v_BHTP, attn_mask=allowed)
         return self.out_proj(y_BHTP.transpose(1, 2).reshape(batch, time_, width)), new_state
@@ -845,7 +847,9 @@ class TrainingModel(nn.Module):
                 per_timestep = c.sigreg_mode == "timestep"
                 z = z_BTD if positions is None else z_BTD[:, positions]
                 z = z if per_timestep else z.reshape(-1, z.shape[-1])
-                sigreg = sigreg_torch(z, self.jepa.sigreg_A_DM, knots=c.sigreg_knots, per_timestep=per_timestep)
+                sigreg = sigreg_torch(
+                    z, self.jepa.get_buffer("sigreg_A_DM"), knots=c.sigreg_knots, per_timestep=per_timestep
+                )
                 loss = loss + sigreg_lambda * sigreg
                 samples = z.shape[0] * (dist.get_world_size() if dist.is_initialized() else 1)
                 parts["sigreg"] = sigreg.detach()
@@ -944,9 +948,10 @@ class Masters:
     @torch.no_grad()
     def accumulate_gradients(self, scale: float) -> None:
         """Add scale * compute gradients to the masters' and drop the former. A parameter without one adds zero."""
-        pairs = [(self.master[n].grad, p.grad) for n, p in self.compute.items() if p.grad is not None]
-        torch._foreach_add_([m for m, _ in pairs], [g.float() for _, g in pairs], alpha=scale)
-        for parameter in self.compute.values():
+        for name, parameter in self.compute.items():
+            master_grad = self.master[name].grad
+            if parameter.grad is not None and master_grad is not None:
+                master_grad.add_(parameter.grad, alpha=scale)
             parameter.grad = None
 
     @torch.no_grad()
@@ -1055,30 +1060,58 @@ def join_ranks(choice: str, environ: Mapping[str, str]) -> Ranks:
     return Ranks(rank, world, device)
 
 
+class Interruption:
+    """Remembers a SIGTERM (preemption) while it is entered, so that the step in flight can end first."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interruption:
+        self.previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self.previous)
+
+
 class Clock:
     """Seconds that the model has been learning, agreed between ranks by the leader's reading once a step."""
 
-    def __init__(self, ranks: Ranks, elapsed_s: float) -> None:
-        self.ranks, self.elapsed_s, self.started_s = ranks, elapsed_s, None
-        # A clock reading must not wait for the GPU: it travels over its own CPU group.
-        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+    def __init__(self, ranks: Ranks, elapsed_s: float, interruption: Interruption) -> None:
+        self.ranks, self.elapsed_s, self.interruption = ranks, elapsed_s, interruption
+        self.started_s: float | None = None
+        self.last_step: torch.cuda.Event | None = None
+        # A reading must not wait for the GPU: it travels over its own CPU group.
+        self.group: Any = dist.new_group(backend="gloo") if ranks.world > 1 else None
 
     def start(self) -> None:
         self.started_s = time.perf_counter()
 
-    def read_s(self) -> float:
+    def _read(self) -> tuple[float, bool]:
         now_s = self.elapsed_s + (time.perf_counter() - self.started_s if self.started_s is not None else 0.0)
-        if self.ranks.world > 1:
-            reading = torch.tensor([now_s], dtype=torch.float64)
-            dist.broadcast(reading, src=0, group=self.group)
-            now_s = float(reading)
-        return now_s
+        if self.ranks.world == 1:
+            return now_s, self.interruption.asked
+        reading = torch.tensor([now_s, float(self.interruption.asked)], dtype=torch.float64)
+        dist.broadcast(reading, src=0, group=self.group)
+        return float(reading[0]), bool(reading[1])
+
+    def step_done(self) -> tuple[float, bool]:
+        """(seconds so far, was an interruption asked for), alike on every rank. A GPU is at most a step behind."""
+        if self.ranks.device.type == "cuda":
+            before, self.last_step = self.last_step, torch.cuda.Event()
+            self.last_step.record()
+            if before is not None:
+                before.synchronize()
+        return self._read()
 
     def stop(self) -> float:
         """Wait for the device, stop counting and return the seconds counted so far."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        self.elapsed_s, self.started_s = self.read_s(), None
+        self.elapsed_s, self.started_s = self._read()[0], None
         return self.elapsed_s
 
 
@@ -1105,8 +1138,8 @@ class Prefetcher:
 
     def _draw(self) -> StepBatch:
         batch = self.loader.next_batch()
-        tensors = (self._tensor(array) for array in (batch.x_BT, batch.y_BT, batch.document_ids_BT))
-        return StepBatch(*tensors, self.loader.state())
+        x_BT, y_BT, document_ids_BT = map(self._tensor, (batch.x_BT, batch.y_BT, batch.document_ids_BT))
+        return StepBatch(x_BT, y_BT, document_ids_BT, self.loader.state())
 
     def next(self) -> StepBatch:
         """The next batch in order; an error of the loader is raised here. Its loader_state is the state after it."""
@@ -1140,7 +1173,29 @@ def manifest_original_bytes(pattern: str, tokens: int) -> int | None:
     if not path.is_file():
         return None
     split = json.loads(path.read_text(encoding="utf-8")).get("splits", {}).get("val", {})
-    return int(split["original_bytes"]) if split.get("tokens") == tokens and "original_bytes" in split else None
+    return int(split["original_bytes"]) if split.get("tokens") == tokens and split.get("original_bytes") else None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation text as tokens, with what is needed to count its bytes."""
+
+    tokens: np.ndarray
+    tokenizer: Tokenizer
+    table: ByteTable
+    original_bytes: int | None  # None: a lossless tokenizer spells them; or, for a lossy one, nobody counted them
+
+    def first(self, limit: int) -> Validation:
+        """The first `limit` scored tokens (0: all)."""
+        if not 0 < limit < len(self.tokens) - 1:
+            return self
+        return replace(self, tokens=self.tokens[: limit + 1], original_bytes=None)
+
+
+def open_validation(pattern: str, tokenizer: Tokenizer, vocab_size: int) -> Validation:
+    tokens = open_tokens(pattern, vocab_size)
+    original_bytes = None if tokenizer.lossless else manifest_original_bytes(pattern, len(tokens))
+    return Validation(tokens, tokenizer, byte_table(tokenizer), original_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1272,19 +1327,15 @@ def token_nll(
 
 
 def score_tokens(
-    lm: LanguageModel,
-    tokens: np.ndarray,
-    table: ByteTable,
-    config: Config,
-    *,
-    mode: str,
-    temperature: float,
-    bos_id: int | None,
-    original_bytes: int | None,
-    ranks: Ranks,
+    lm: LanguageModel, validation: Validation, config: Config, *, mode: str, temperature: float, ranks: Ranks
 ) -> Score:
-    """Bits per byte of a token stream under the model as it stands. `original_bytes` None: count decoded bytes."""
+    """Bits per byte of validation text under the model as it stands.
+
+    Bytes are those of the original text where they are known, else those that the tokens spell (the same thing for a
+    lossless tokenizer). Raises GolfError if a token has no probability.
+    """
     started_s = time.perf_counter()
+    tokens, original_bytes = validation.tokens, validation.original_bytes
     length = config.eval_seq_len or config.train_seq_len
     nll_n, computed = token_nll(
         lm,
@@ -1294,11 +1345,11 @@ def score_tokens(
         stride=config.sliding_eval_stride,
         batch_tokens=config.val_batch_size,
         lanes=config.eval_lanes,
-        bos_id=bos_id,
+        bos_id=validation.tokenizer.bos_id,
         temperature=temperature,
         ranks=ranks,
     )
-    decoded_bytes = int(token_bytes(table, tokens[:-1], tokens[1:]).sum())
+    decoded_bytes = int(token_bytes(validation.table, tokens[:-1], tokens[1:]).sum())
     scored_bytes = decoded_bytes if original_bytes is None else original_bytes
     total_nats = float(nll_n.sum())
     if not math.isfinite(total_nats):
@@ -1356,7 +1407,7 @@ def search_temperature(
 
 
 def jepa_diagnostics(
-    model: TrainingModel, tokens: np.ndarray, table: ByteTable, config: Config, bos_id: int | None, device: torch.device
+    model: TrainingModel, validation: Validation, config: Config, device: torch.device
 ) -> dict[str, float]:
     """What the latent space has learned, on validation windows (nothing measured here reaches the artifact).
 
@@ -1365,10 +1416,9 @@ def jepa_diagnostics(
     time within a window (0: z is constant in time); top-k accuracies are the language model's; probe_bpb is a linear
     probe on frozen h, trained on the first 80% of the windows and scored in true bits per byte on the rest.
     """
-    length, rows = (
-        config.train_seq_len,
-        max(2, min(50_000 // config.train_seq_len, (len(tokens) - 1) // config.train_seq_len)),
-    )
+    tokens, bos_id = validation.tokens, validation.tokenizer.bos_id
+    length = config.train_seq_len
+    rows = max(2, min(50_000 // length, (len(tokens) - 1) // length))
     count = rows * length
     if count + 1 > len(tokens):
         return {}
@@ -1417,7 +1467,7 @@ def jepa_diagnostics(
     with torch.no_grad():
         nats = float(F.cross_entropy(probe(torch.cat(hidden[split:])), y_BT[split:].reshape(-1), reduction="sum"))
     held = np.asarray(tokens[split * length : count + 1])
-    out["probe_bpb"] = bits_per_byte(nats, int(token_bytes(table, held[:-1], held[1:]).sum()))
+    out["probe_bpb"] = bits_per_byte(nats, int(token_bytes(validation.table, held[:-1], held[1:]).sum()))
     return out
 
 
@@ -1689,20 +1739,9 @@ def score_artifact(command: Command, artifact: str | Path, pattern: str, ranks: 
     scoring = ("eval_modes", "eval_seq_len", "sliding_eval_stride", "eval_lanes", "val_batch_size", "tokenizer_path")
     config = replace(config, **{name: getattr(given, name) for name in scoring if name in command.given})
     tokenizer = matching_tokenizer(config, meta, str(list_shards(pattern)[0].parent), artifact)
-    tokens = open_tokens(pattern, config.vocab_size)
-    original = None if tokenizer.lossless else manifest_original_bytes(pattern, len(tokens))
+    validation = open_validation(pattern, tokenizer, config.vocab_size)
     scores = {
-        mode: score_tokens(
-            lm,
-            tokens,
-            byte_table(tokenizer),
-            config,
-            mode=mode,
-            temperature=meta["temperature"],
-            bos_id=tokenizer.bos_id,
-            original_bytes=original,
-            ranks=ranks,
-        ).summary()
+        mode: score_tokens(lm, validation, config, mode=mode, temperature=meta["temperature"], ranks=ranks).summary()
         for mode in config.modes()
     }
     head = scores[config.modes()[0]]
@@ -1877,7 +1916,9 @@ class Trainer:
 
     def temperature(self, batches: Sequence[StepBatch]) -> float:
         """Temperature of the weights that would ship, on training text."""
-        x_BT, y_BT, documents_BT = (torch.cat([b[i] for b in batches]) for i in range(3))
+        x_BT = torch.cat([batch.x_BT for batch in batches])
+        y_BT = torch.cat([batch.y_BT for batch in batches])
+        documents_BT = torch.cat([batch.document_ids_BT for batch in batches])
         rows = max(1, self.config.temp_calib_tokens // self.config.train_seq_len // self.ranks.world)
         micro = max(1, self.config.micro_batch_tokens // self.config.train_seq_len)
         with self.masters.as_shipped(training_on_grid=True):
@@ -1918,220 +1959,207 @@ def eta_text(at: Progress, config: Config) -> str:
     return f"{int(left_s) // 60}:{int(left_s) % 60:02d}"
 
 
-def train(command: Command, ranks: Ranks) -> dict[str, Any]:
-    """Train, export and score as configured; returns the summary, which is also in the run folder."""
-    config = command.config
-    folder = RunFolder(config, ranks)
-    kernels = select_kernels(config.kernels, ranks.device)
-    tokenizer = open_tokenizer(config, config.data_path)
-    table = byte_table(tokenizer)
-    train_shards = list_shards(str(Path(config.data_path) / "*_train_*.bin"))
-    val_pattern = command.val or str(Path(config.data_path) / "*_val_*.bin")
-    val_tokens = open_tokens(val_pattern, config.vocab_size)
-    original_bytes = None if tokenizer.lossless else manifest_original_bytes(val_pattern, len(val_tokens))
-    batch_rows = config.train_batch_tokens // config.train_seq_len
-    if batch_rows % ranks.world:
-        raise ConfigError(f"train_batch_tokens is {batch_rows} windows, not a multiple of {ranks.world} ranks")
+class Run:
+    """One training run: built or resumed, driven to its end, exported and scored."""
 
-    def new_loader() -> TokenLoader:
+    def __init__(self, command: Command, ranks: Ranks) -> None:
+        self.command, self.config, self.ranks = command, command.config, ranks
+        config = self.config
+        self.kernels = select_kernels(config.kernels, ranks.device)
+        self.tokenizer = open_tokenizer(config, config.data_path)
+        self.train_shards = list_shards(str(Path(config.data_path) / "*_train_*.bin"))
+        self.val_pattern = command.val or str(Path(config.data_path) / "*_val_*.bin")
+        self.validation = open_validation(self.val_pattern, self.tokenizer, config.vocab_size)
+        self.batch_rows = config.train_batch_tokens // config.train_seq_len
+        if self.batch_rows % ranks.world:
+            raise ConfigError(f"train_batch_tokens is {self.batch_rows} windows, not a multiple of {ranks.world} ranks")
+        self.folder = RunFolder(config, ranks)
+        self.folder.open(command)
+        self.trainer = Trainer(config, self.kernels, ranks)
+        loader = self.new_loader()
+        step, elapsed_s, loader_state = load_checkpoint(self.folder, self.trainer.masters, self.trainer.optimizers)
+        if loader_state is not None:
+            loader.restore(loader_state)
+        self.loader, self.loader_state = loader, loader.state()
+        self.at = Progress(step, elapsed_s)
+        self.trainer.masters.publish(on_grid_at(self.at, config))
+        self.folder.begin_logs(step, ranks.device, self.kernels)
+        self.params = sum(p.numel() for p in self.trainer.model.lm.parameters())
+        self.training_only_params = sum(p.numel() for p in self.trainer.masters.master.values()) - self.params
+        self.folder.text(
+            f"parameters: {self.params:,} shipped, {self.training_only_params:,} training only; "
+            f"step {step}, {elapsed_s:.1f} s behind us"
+        )
+
+    def new_loader(self) -> TokenLoader:
         return TokenLoader(
-            train_shards,
-            seq_len=config.train_seq_len,
-            batch_sequences=batch_rows,
-            rank=ranks.rank,
-            world_size=ranks.world,
-            seed=config.seed,
-            bos_id=tokenizer.bos_id,
-            vocab_size=config.vocab_size,
+            self.train_shards,
+            seq_len=self.config.train_seq_len,
+            batch_sequences=self.batch_rows,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world,
+            seed=self.config.seed,
+            bos_id=self.tokenizer.bos_id,
+            vocab_size=self.config.vocab_size,
         )
 
-    folder.open(command)
-    trainer = Trainer(config, kernels, ranks)
-    step, elapsed_s, loader_state = load_checkpoint(folder, trainer.masters, trainer.optimizers)
-    at = Progress(step, elapsed_s)
-    trainer.masters.publish(on_grid_at(at, config))
-    loader = new_loader()
-    if loader_state is not None:
-        loader.restore(loader_state)
-    folder.begin_logs(step, ranks.device, kernels)
-    shipped = sum(p.numel() for p in trainer.model.lm.parameters())
-    training_only = sum(p.numel() for p in trainer.masters.master.values()) - shipped
-    folder.text(
-        f"parameters: {shipped:,} shipped, {training_only:,} training only; step {step}, {elapsed_s:.1f} s behind us"
-    )
+    def drive(self) -> tuple[float, float]:
+        """Train until the steps or the seconds are used up: (softmax temperature, seconds of learning)."""
+        config = self.config
+        search_s = self.trainer.rehearse(self.new_loader(), self.at)
+        reserve_s = self.ranks.from_leader(1.25 * search_s) if config.max_wallclock_seconds > 0 else 0.0
+        prefetcher, console = Prefetcher(self.loader, self.ranks.device), Console(config, self.ranks)
+        last_step_s, logged = 0.0, self.at
+        with Interruption() as interruption, contextlib.closing(prefetcher), contextlib.closing(console):
+            clock = Clock(self.ranks, self.at.elapsed_s, interruption)
+            clock.start()
+            while self.at.step < config.iterations:
+                if 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + reserve_s:
+                    break
+                batch = prefetcher.next()
+                losses = self.trainer.step(batch, self.at)
+                self.loader_state = batch.loader_state
+                elapsed_s, interrupted = clock.step_done()
+                last_step_s = elapsed_s - self.at.elapsed_s
+                self.at = Progress(self.at.step + 1, elapsed_s)
+                step = self.at.step
+                if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
+                    self.log(losses, batch, logged, console)
+                    logged = self.at
+                saving = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+                validating = (
+                    config.val_loss_every > 0 and step % config.val_loss_every == 0 and step < config.iterations
+                )
+                if saving or validating or interrupted:  # none of these teaches the model
+                    self.at = Progress(step, clock.stop())
+                    if saving or interrupted:
+                        self.checkpoint()
+                    if interrupted:
+                        self.folder.text(f"interrupted at step {step}; the same command goes on from here")
+                        raise SystemExit(0)
+                    if validating:
+                        self.validate()
+                    clock.start()
+            temperature = 1.0
+            if config.temp_scaling:
+                batches = [prefetcher.next() for _ in range(self.trainer.calibration_batches())]
+                temperature = self.trainer.temperature(batches)
+            train_s = clock.stop()
+        self.folder.text(f"trained {self.at.step} steps in {train_s:.2f} s; temperature {temperature:.2f}")
+        return temperature, train_s
 
-    def score(mode: str, on_grid: bool = True, temperature: float = 1.0, limit: int = 0) -> Score:
-        """The weights that would ship (or their float form), on all validation tokens or the first `limit`."""
-        tokens = val_tokens[: limit + 1] if limit else val_tokens
-        whole = len(tokens) == len(val_tokens)
-        with trainer.masters.as_shipped(on_grid_at(at, config), on_grid):
-            return score_tokens(
-                trainer.model.lm,
-                tokens,
-                table,
-                config,
-                mode=mode,
-                temperature=temperature,
-                bos_id=tokenizer.bos_id,
-                original_bytes=original_bytes if whole else None,
-                ranks=ranks,
+    def log(self, losses: Mapping[str, Tensor], batch: StepBatch, logged: Progress, console: Console) -> None:
+        """One line and one JSON object: means over ranks, bits per byte of the leader's batch."""
+        at, config = self.at, self.config
+        means = self.ranks.sum(torch.stack([v.detach().float() for v in losses.values()])) / self.ranks.world
+        values = dict(zip(losses, means.tolist(), strict=True))
+        if not all(math.isfinite(v) for v in values.values()):
+            raise GolfError(
+                f"step {at.step}: losses are not finite ({values}); lower the learning rates or check the data"
             )
-
-    def validate() -> None:
-        result = score("standard", limit=config.val_max_tokens)
-        folder.text(
-            f"step {at.step}: val_bpb {result.bpb:.4f} val_loss {result.loss:.4f} over {result.tokens:,} tokens"
-        )
-        folder.event(
-            event="validation",
+        x_N, y_N = batch.x_BT.cpu().numpy().ravel(), batch.y_BT.cpu().numpy().ravel()
+        spelled_bytes = int(token_bytes(self.validation.table, x_N, y_N).sum())
+        values["train_bpb"] = bits_per_byte(values.get("ce", math.nan) * len(y_N), spelled_bytes)
+        tokens = (at.step - logged.step) * config.train_batch_tokens
+        tokens_per_s = tokens / max(at.elapsed_s - logged.elapsed_s, 1e-9)
+        self.folder.event(
+            event="step",
             step=at.step,
             elapsed_s=at.elapsed_s,
+            tokens=at.step * config.train_batch_tokens,
+            tokens_per_s=tokens_per_s,
+            lr_scale=learning_rate_scale(at, config),
+            **values,
+        )
+        line = (
+            f"step {at.step} loss {values['loss']:.4f} bpb {values['train_bpb']:.4f} {tokens_per_s:,.0f} tokens/s "
+            f"{at.elapsed_s:.1f} s ETA {eta_text(at, config)}"
+        )
+        console.update(at, line)
+        self.folder.text(line, console=console.bar is None)
+
+    def checkpoint(self) -> None:
+        if self.ranks.leads:
+            masters, optimizers = self.trainer.masters, self.trainer.optimizers
+            save_checkpoint(self.folder, masters, optimizers, self.at.step, self.at.elapsed_s, self.loader_state)
+        self.ranks.barrier()
+
+    def score(self, mode: str, validation: Validation, temperature: float, on_grid: bool = True) -> Score:
+        """The weights that would ship, or their float form, as they stand."""
+        with self.trainer.masters.as_shipped(on_grid_at(self.at, self.config), on_grid):
+            return score_tokens(
+                self.trainer.model.lm, validation, self.config, mode=mode, temperature=temperature, ranks=self.ranks
+            )
+
+    def validate(self) -> None:
+        result = self.score("standard", self.validation.first(self.config.val_max_tokens), temperature=1.0)
+        self.folder.text(
+            f"step {self.at.step}: val_bpb {result.bpb:.4f} val_loss {result.loss:.4f} over {result.tokens:,} tokens"
+        )
+        self.folder.event(
+            event="validation",
+            step=self.at.step,
+            elapsed_s=self.at.elapsed_s,
             val_bpb=result.bpb,
             val_loss=result.loss,
             val_tokens=result.tokens,
-            trained_tokens=at.step * config.train_batch_tokens,
+            trained_tokens=self.at.step * self.config.train_batch_tokens,
         )
 
-    def checkpoint() -> None:
-        if ranks.leads:
-            save_checkpoint(folder, trainer.masters, trainer.optimizers, at.step, at.elapsed_s, batch_state)
-        ranks.barrier()
-
-    search_s = trainer.rehearse(new_loader(), at)
-    reserve_s = ranks.from_leader(1.25 * search_s) if config.max_wallclock_seconds > 0 else 0.0
-    prefetcher, console, clock = Prefetcher(loader, ranks.device), Console(config, ranks), Clock(ranks, elapsed_s)
-    batch_state: dict[str, Any] = loader_state or loader.state()
-    interrupted = False
-
-    def interrupt(signum: int, frame: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-
-    previous_handler = signal.signal(signal.SIGTERM, interrupt)
-    last_step_s, logged_at = 0.0, at
-    clock.start()
-    while at.step < config.iterations:
-        if 0 < config.max_wallclock_seconds <= at.elapsed_s + last_step_s + reserve_s:
-            break
-        batch = prefetcher.next()
-        losses = trainer.step(batch, at)
-        batch_state = batch.loader_state
-        elapsed_s = clock.read_s()
-        last_step_s = max(elapsed_s - at.elapsed_s, 0.0)
-        at = Progress(at.step + 1, elapsed_s)
-        if config.train_log_every > 0 and (at.step % config.train_log_every == 0 or at.step == 1):
-            stacked = ranks.sum(torch.stack([v.detach().float() for v in losses.values()])) / ranks.world
-            values = dict(zip(losses, stacked.tolist(), strict=True))
-            if not all(math.isfinite(v) for v in values.values()):
-                raise GolfError(
-                    f"step {at.step}: losses are not finite ({values}); lower the learning rates or look at the data"
-                )
-            x, y = batch.x_BT.cpu().numpy().ravel(), batch.y_BT.cpu().numpy().ravel()
-            nats = values.get("ce", math.nan) * len(y)
-            values["train_bpb"] = bits_per_byte(nats, int(token_bytes(table, x, y).sum()))
-            tokens_per_s = (
-                (at.step - logged_at.step) * config.train_batch_tokens / max(at.elapsed_s - logged_at.elapsed_s, 1e-9)
-            )
-            logged_at = at
-            folder.event(
-                event="step",
-                step=at.step,
-                elapsed_s=at.elapsed_s,
-                tokens=at.step * config.train_batch_tokens,
-                tokens_per_s=tokens_per_s,
-                lr_scale=learning_rate_scale(at, config),
-                **values,
-            )
-            line = (
-                f"step {at.step} loss {values['loss']:.4f} bpb {values['train_bpb']:.4f} {tokens_per_s:,.0f} tokens/s "
-                f"{at.elapsed_s:.1f} s ETA {eta_text(at, config)}"
-            )
-            console.update(at, line)
-            folder.text(line, console=console.bar is None)
-        stopping = ranks.from_leader(interrupted) if ranks.world > 1 else interrupted
-        due = config.checkpoint_every > 0 and at.step % config.checkpoint_every == 0
-        validating = config.val_loss_every > 0 and at.step % config.val_loss_every == 0 and at.step < config.iterations
-        if due or stopping or validating:
-            at = Progress(at.step, clock.stop())  # neither saving nor validating teaches the model
-            if due or stopping:
-                checkpoint()
-            if stopping:
-                prefetcher.close()
-                console.close()
-                folder.text(f"interrupted at step {at.step}: checkpoint saved; the same command goes on from here")
-                raise SystemExit(0)
-            if validating:
-                validate()
-            clock.start()
-    temperature = 1.0
-    if config.temp_scaling:
-        temperature = trainer.temperature([prefetcher.next() for _ in range(trainer.calibration_batches())])
-    train_s = clock.stop()
-    signal.signal(signal.SIGTERM, previous_handler)
-    prefetcher.close()
-    console.close()
-    folder.text(f"trained {at.step} steps in {train_s:.2f} s; temperature {temperature:.2f}")
-
-    headline = config.modes()[0]
-    trainer.masters.publish(True, trainer.masters.shipped())
-    diagnostics = {}
-    if config.jepa_diagnostics and ranks.leads:
-        diagnostics = jepa_diagnostics(trainer.model, val_tokens, table, config, tokenizer.bos_id, ranks.device)
-        folder.event(event="diagnostics", step=at.step, **diagnostics)
-    ranks.barrier()
-    floating = score(headline, on_grid=False, temperature=temperature)
-    report = export_artifact(folder.artifact, trainer.masters, config, tokenizer, temperature) if ranks.leads else None
-    ranks.barrier()
-    scored = score_artifact(command, folder.artifact, val_pattern, ranks)
-    if report is None:
-        return {}
-    code_bytes = sum(len(text.encode()) for text in our_sources().values())
-    total_bytes = code_bytes + scored["artifact_bytes"]
-    summary = {
-        "val_bpb": scored["val_bpb"],
-        "val_loss": scored["val_loss"],
-        "val_tokens": scored["val_tokens"],
-        "val_bytes": scored["val_bytes"],
-        "byte_source": scored["byte_source"],
-        "eval_mode": scored["eval_mode"],
-        "float_val_bpb": floating.bpb,
-        "quantization_gap_bpb": scored["val_bpb"] - floating.bpb,
-        "temperature": temperature,
-        "artifact_bytes": scored["artifact_bytes"],
-        "code_bytes": code_bytes,
-        "total_bytes": total_bytes,
-        "params": shipped,
-        "training_only_params": training_only,
-        "steps": at.step,
-        "tokens": at.step * config.train_batch_tokens,
-        "train_s": train_s,
-        "eval_s": scored["eval_s"],
-        "seed": config.seed,
-        "world_size": ranks.world,
-        "kernels": kernels.name,
-        "scores": scored["scores"],
-        "jepa_diagnostics": diagnostics,
-        "artifact_sha256": scored["artifact_sha256"],
-        "tokenizer_sha256": tokenizer.sha256,
-        "tokenizer_lossless": tokenizer.lossless,
-        "val_sha256": scored["val_sha256"],
-        "preset": command.preset,
-        "config": asdict(config),
-        "git": git_state(),
-        "environment": versions_and_hardware(ranks.device),
-    }
-    if config.budget_bytes:
-        check_budget(total_bytes, config.budget_bytes)
-    write_atomically(folder.summary, json.dumps(summary, indent=1).encode())
-    folder.event(
-        event="result", step=at.step, elapsed_s=train_s, val_bpb=summary["val_bpb"], float_val_bpb=floating.bpb
-    )
-    folder.text(format_size_table(report, code_bytes))
-    folder.text(
-        f"{folder.artifact}: val_bpb {summary['val_bpb']:.4f} ({headline}, read back from disk), "
-        f"float {floating.bpb:.4f}, {total_bytes:,} bytes of code and weights"
-    )
-    return summary
+    def finish(self, temperature: float, train_s: float) -> None:
+        """Diagnose, export, read back, score, and write summary.json. Raises ArtifactError over the budget."""
+        config, folder, masters = self.config, self.folder, self.trainer.masters
+        diagnostics = {}
+        if config.jepa_diagnostics and self.ranks.leads:
+            with masters.as_shipped(on_grid_at(self.at, config)):
+                diagnostics = jepa_diagnostics(self.trainer.model, self.validation, config, self.ranks.device)
+            folder.event(event="diagnostics", step=self.at.step, **diagnostics)
+        self.ranks.barrier()
+        floating = self.score(config.modes()[0], self.validation, temperature, on_grid=False)
+        report = None
+        if self.ranks.leads:
+            report = export_artifact(folder.artifact, masters, config, self.tokenizer, temperature)
+        self.ranks.barrier()
+        scored = score_artifact(self.command, folder.artifact, self.val_pattern, self.ranks)
+        if report is None:
+            return
+        code_bytes = sum(len(text.encode()) for text in our_sources().values())
+        total_bytes = code_bytes + scored["artifact_bytes"]
+        summary = {
+            **{key: value for key, value in scored.items() if key not in ("artifact", "weights")},
+            "float_val_bpb": floating.bpb,
+            "quantization_gap_bpb": scored["val_bpb"] - floating.bpb,
+            "code_bytes": code_bytes,
+            "total_bytes": total_bytes,
+            "params": self.params,
+            "training_only_params": self.training_only_params,
+            "steps": self.at.step,
+            "tokens": self.at.step * config.train_batch_tokens,
+            "train_s": train_s,
+            "seed": config.seed,
+            "world_size": self.ranks.world,
+            "kernels": self.kernels.name,
+            "jepa_diagnostics": diagnostics,
+            "preset": self.command.preset,
+            "config": asdict(config),
+            "git": git_state(),
+            "environment": versions_and_hardware(self.ranks.device),
+        }
+        if config.budget_bytes:
+            check_budget(total_bytes, config.budget_bytes)
+        write_atomically(folder.summary, json.dumps(summary, indent=1).encode())
+        folder.event(
+            event="result",
+            step=self.at.step,
+            elapsed_s=train_s,
+            val_bpb=summary["val_bpb"],
+            float_val_bpb=floating.bpb,
+        )
+        folder.text(format_size_table(report, code_bytes, config.budget_bytes or None))
+        folder.text(
+            f"{folder.artifact}: val_bpb {summary['val_bpb']:.4f} ({summary['eval_mode']}, read back from disk), "
+            f"float {floating.bpb:.4f}, {total_bytes:,} bytes of code and weights"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2148,7 +2176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif command.generate:
                 print(generate_text(command, command.generate, ranks))
             else:
-                train(command, ranks)
+                run = Run(command, ranks)
+                run.finish(*run.drive())
         finally:
             if ranks.world > 1:
                 dist.destroy_process_group()
