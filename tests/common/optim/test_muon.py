@@ -64,7 +64,7 @@ def test_newton_schulz_orthogonalises():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_newton_schulz_golden(steps, dtype):
     """Made in bfloat16, whose rounding the iteration amplifies: 5% of the norm."""
-    with np.load(GOLDEN / "muon.npz") as file:
+    with np.load(GOLDEN / "muon.npz", allow_pickle=False) as file:
         G, expected = torch.tensor(file["G"]), torch.tensor(file[f"ns{steps}"])
     ours = newton_schulz_torch(G, steps, dtype=dtype)
     assert (ours - expected).norm() < 0.05 * expected.norm()
@@ -129,7 +129,7 @@ def test_state_survives_a_save_exactly(tmp_path):
     np.savez(tmp_path / "state.npz", **arrays, **{f"p{i}": p.detach().numpy() for i, p in enumerate(params)})
     options = json.dumps(state["param_groups"])
     take_steps(optimizer, params, 3, first=3)
-    with np.load(tmp_path / "state.npz") as file:
+    with np.load(tmp_path / "state.npz", allow_pickle=False) as file:
         again = [torch.nn.Parameter(torch.tensor(file[f"p{i}"])) for i in range(len(params))]
         momentum = {i: {"momentum": torch.tensor(file[f"m{i}"])} for i in range(len(params))}
     other = Muon(again, lr=0.7)
@@ -173,7 +173,10 @@ def test_two_processes_equal_one(tmp_path):
         [{"params": params[:3], "row_splits": None}, {"params": params[3:], "normalize_rows": True}], lr=0.1
     )
     take_steps(optimizer, params, 4)
-    with np.load(f"{tmp_path / 'out'}_0.npz") as first, np.load(f"{tmp_path / 'out'}_1.npz") as second:
+    with (
+        np.load(f"{tmp_path / 'out'}_0.npz", allow_pickle=False) as first,
+        np.load(f"{tmp_path / 'out'}_1.npz", allow_pickle=False) as second,
+    ):
         for key in first.files:
             assert np.array_equal(first[key], second[key])
         for i, p in enumerate(params):

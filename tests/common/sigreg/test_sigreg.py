@@ -66,7 +66,7 @@ def test_low_precision(dtype, tolerance):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden_vectors(dtype):
-    with np.load(GOLDEN / "sigreg.npz") as file:
+    with np.load(GOLDEN / "sigreg.npz", allow_pickle=False) as file:
         golden = {key: file[key] for key in file.files}
     for ours in (sigreg_quadrature(), sigreg_quadrature_reference()):
         for a, key in zip(ours, ("t", "phi", "weights"), strict=True):
@@ -136,7 +136,7 @@ def test_two_processes_equal_one(tmp_path, shares):
         value, gradient = value_and_gradient(z, A, per_timestep=len(shape) == 2)
         gathered = []
         for rank in range(2):
-            with np.load(f"{tmp_path / 'out'}_{rank}.npz") as file:
+            with np.load(f"{tmp_path / 'out'}_{rank}.npz", allow_pickle=False) as file:
                 np.testing.assert_allclose(file[f"value{len(shape)}"], value.item(), rtol=1e-12)
                 gathered.append(file[f"gradient{len(shape)}"])
         # A parameter's gradient is the sum of its rows' gradients over ranks; averaging divides by 2.

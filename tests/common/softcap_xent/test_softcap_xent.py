@@ -139,7 +139,7 @@ def test_edge_of_the_polynomial():
 
 
 def test_golden_vectors():
-    with np.load(GOLDEN / "softcap_ce.npz") as file:
+    with np.load(GOLDEN / "softcap_ce.npz", allow_pickle=False) as file:
         golden = {key: file[key] for key in file.files}
     raw, targets = torch.tensor(golden["raw"]), torch.tensor(golden["targets"])
     np.testing.assert_allclose(softcap_torch(raw.double(), 15.0, "poly").numpy(), golden["capped"], atol=4e-6)
