@@ -1,7 +1,7 @@
 """Named errors for bad input: each message says what was got, what was expected and what to do.
 
-`assert` is kept for invariants of our own code. Everything that a user, a file or the network can get wrong raises one of
-these, so that a command line can print one clear line and tests can tell a refusal from a crash.
+`assert` is kept for invariants of our own code. Everything that a user, a file or the network can get wrong raises
+one of these, so that a command line can print one clear line and tests can tell a refusal from a crash.
 """
 
 

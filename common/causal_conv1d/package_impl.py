@@ -27,7 +27,7 @@ def causal_conv1d_package(
 
     Raises: ImportError if the package is not installed (the entry asks before it chooses this form).
     """
-    from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
+    from causal_conv1d import causal_conv1d_fn  # pyright: ignore
 
     remembered = weight_DK.shape[1] - 1
     x_BUD, ids_BU = x_BTD, document_ids_BT

@@ -21,12 +21,12 @@ def ssd_scan_mamba_ssm(
     document_ids_BT: Tensor | None = None,
     chunk_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t (x) B_t and y_t = S_t C_t + D x_t, by mamba-ssm's Triton kernels.
+    """Selective state-space scan by mamba-ssm's Triton kernels.
 
     Source: Dao & Gu 2024 (Mamba-2); `mamba_chunk_scan_combined` of mamba-ssm 2.3.
 
-    Args and Returns: as `ssd_scan_torch`. The package numbers documents from 0 and gives the initial state to document 0,
-    so ids are shifted to start there.
+    Args and Returns: as `ssd_scan_torch`, for document ids that never fall and are never used twice in a row of B. The
+    package numbers documents from 0 and gives the initial state to document 0, so ids are shifted to start there.
 
     Raises: ImportError if the package is not installed (the entry asks before it chooses this form).
 

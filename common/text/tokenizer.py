@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -289,6 +290,7 @@ def train_sentencepiece(
     # Without an entry of its own a space would be spelled as the bytes of the space mark, and decode as the mark.
     rare_space = counts[" "] < 0.05 * total
     model = io.BytesIO()
+    required: dict[str, Any] = {"required_chars": SPACE_MARK} if rare_space else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(chunks),
@@ -311,7 +313,7 @@ def train_sentencepiece(
             shuffle_input_sentence=False,
             num_threads=TRAINER_THREADS,
             minloglevel=2,
-            **({"required_chars": SPACE_MARK} if rare_space else {}),
+            **required,
         )
     except RuntimeError as error:
         raise TokenizerError(

@@ -356,7 +356,7 @@ class Command(NamedTuple):
     val: str
     prompt: str
     tokens: int
-    given: frozenset[str]  # options set by preset, environment or flag
+    given: frozenset[str]  # options set by preset file, environment or flag; a bundled preset is a default
 
 
 def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
@@ -393,7 +393,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
             f"unknown argument {unknown[0]!r}{nearest(name, [f'--{k}' for k in known])} (--help lists all)"
         )
 
-    values = dict(BUNDLED_PRESET or {})
+    values: dict[str, Any] = {}
     preset = arguments.preset or ("bundled" if BUNDLED_PRESET else "")
     if arguments.preset:
         values.update(read_preset(arguments.preset))
@@ -402,7 +402,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
         text = getattr(arguments, f.name)
         if text is not None:
             values[f.name] = parse_value(f.name, text, f"flag --{f.name}")
-    config = replace(Config(), **values)
+    config = replace(Config(), **{**(BUNDLED_PRESET or {}), **values})
     if not config.run_id:
         config = replace(config, run_id=f"{Path(preset).stem or 'seed_bpe'}-seed{config.seed}")
     check_config(config)
