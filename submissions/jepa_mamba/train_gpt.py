@@ -1801,10 +1801,14 @@ class Progress(NamedTuple):
 
     step: int
     elapsed_s: float
+    reserved_s: float = 0.0  # seconds at the end of the clock that are not for steps: the temperature search
 
     def fraction(self, config: Config) -> float:
         by_steps = self.step / config.iterations
-        by_time = self.elapsed_s / config.max_wallclock_seconds if config.max_wallclock_seconds > 0 else 0.0
+        for_steps_s = config.max_wallclock_seconds - self.reserved_s
+        by_time = 0.0
+        if config.max_wallclock_seconds > 0:
+            by_time = self.elapsed_s / for_steps_s if for_steps_s > 0 else 1.0
         return min({"steps": by_steps, "time": by_time, "auto": max(by_steps, by_time)}[config.warmdown_by], 1.0)
 
 
@@ -1872,7 +1876,7 @@ class Trainer:
                 if kind == "muon":
                     group["momentum"] = momentum_at(at.step, c)
             optimizer.step()
-        after = Progress(at.step + 1, at.elapsed_s)
+        after = at._replace(step=at.step + 1)
         if c.ema_decay > 0 and after.fraction(c) >= c.ema_start_fraction:
             self.masters.update_ema(c.ema_decay)
         self.masters.publish(on_grid_at(after, c))
@@ -2007,21 +2011,21 @@ class Run:
         """Train until the steps or the seconds are used up: (softmax temperature, seconds of learning)."""
         config = self.config
         search_s = self.trainer.rehearse(self.new_loader(), self.at)
-        reserve_s = self.ranks.from_leader(1.25 * search_s) if config.max_wallclock_seconds > 0 else 0.0
+        self.at = self.at._replace(reserved_s=self.ranks.from_leader(1.25 * search_s))
         prefetcher, console = Prefetcher(self.loader, self.ranks.device), Console(config, self.ranks)
         last_step_s, logged = 0.0, self.at
         with Interruption() as interruption, contextlib.closing(prefetcher), contextlib.closing(console):
             clock = Clock(self.ranks, self.at.elapsed_s, interruption)
             clock.start()
             while self.at.step < config.iterations:
-                if 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + reserve_s:
+                if 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + self.at.reserved_s:
                     break
                 batch = prefetcher.next()
                 losses = self.trainer.step(batch, self.at)
                 self.loader_state = batch.loader_state
                 elapsed_s, interrupted = clock.step_done()
                 last_step_s = elapsed_s - self.at.elapsed_s
-                self.at = Progress(self.at.step + 1, elapsed_s)
+                self.at = self.at._replace(step=self.at.step + 1, elapsed_s=elapsed_s)
                 step = self.at.step
                 if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
                     self.log(losses, batch, logged, console)
@@ -2031,7 +2035,7 @@ class Run:
                     config.val_loss_every > 0 and step % config.val_loss_every == 0 and step < config.iterations
                 )
                 if saving or validating or interrupted:  # none of these teaches the model
-                    self.at = Progress(step, clock.stop())
+                    self.at = self.at._replace(elapsed_s=clock.stop())
                     if saving or interrupted:
                         self.checkpoint()
                     if interrupted:

@@ -144,6 +144,7 @@ def test_schedules() -> None:
     assert scale == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.025, 0])
     timed = tiny(iterations=1000, warmdown_fraction=0.5, max_wallclock_seconds=10.0)
     assert learning_rate_scale(Progress(5, 7.5), timed) == pytest.approx(0.5)
+    assert learning_rate_scale(Progress(5, 8.0, reserved_s=2.0), timed) == 0.0  # the search's seconds are not for steps
     by_steps = tiny(iterations=100, warmdown_fraction=0.5, max_wallclock_seconds=10.0, warmdown_by="steps")
     assert learning_rate_scale(Progress(75, 0.0), by_steps) == pytest.approx(0.5)
 
