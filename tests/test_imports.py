@@ -532,11 +532,11 @@ def test_importing_prints_nothing_reads_no_environment_and_starts_no_device(repo
     ],
 )
 def test_loud_import_is_found(text, key, tmp_path):
-    _plant(tmp_path, {"common/loud.py": text})
+    _plant(tmp_path, {"common/__init__.py": "", "common/loud.py": text})  # a package, to stand before the installed one
     assert _import_in_fresh_process(tmp_path, ["common.loud"], tmp_path)[key]
 
 
 def test_broken_import_is_not_taken_for_a_missing_framework(tmp_path):
-    _plant(tmp_path, {"common/broken.py": "import no_such_package_of_ours"})
+    _plant(tmp_path, {"common/__init__.py": "", "common/broken.py": "import no_such_package_of_ours"})
     with pytest.raises(AssertionError, match="no_such_package_of_ours"):
         _import_in_fresh_process(tmp_path, ["common.broken"], tmp_path)
