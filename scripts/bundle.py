@@ -36,6 +36,7 @@ import numpy as np
 
 from common.artifact.budget import CHALLENGE_BUDGET_BYTES, check_budget
 from common.errors import ConfigError, DataError, GolfError
+from common.files import write_atomically
 from common.text.shards import write_shard
 from common.text.tokenizer import load_tokenizer
 from submissions.jepa_mamba.train_gpt import RESUME_FREE_FIELDS, Config, read_preset
@@ -384,15 +385,6 @@ def readme_text(root: Path, entry: str, preset_name: str, bundle: Bundle, record
     if own.is_file():
         lines += ["", "---", "", own.read_text(encoding="utf-8").rstrip()]
     return "\n".join(lines) + "\n"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_dist(

@@ -29,6 +29,7 @@ import numpy as np
 
 from common.artifact.budget import CHALLENGE_BUDGET_BYTES, format_text_table
 from common.errors import DataError, GolfError
+from common.files import write_atomically
 from common.text.shards import list_shards, open_shard
 from common.text.tokenizer import load_tokenizer
 from scripts.plot_run import plot_run
@@ -166,12 +167,7 @@ def run_demo(
     kept = ("val_bpb", "float_val_bpb", "val_bytes", "val_tokens", "artifact_bytes", "total_bytes", "params", "tokens")
     result = {name: summary[name] for name in kept}
     result |= {"documents": len(documents), "sample": sample, "seconds": seconds} | baselines
-    temporary = run / ".demo.json.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(result, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run / "demo.json")
+    write_atomically(run / "demo.json", (json.dumps(result, indent=1) + "\n").encode())
     picture = plot_run(run)
     heading("result")
     print(results_table(result))

@@ -8,9 +8,9 @@ gradient norm.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ matplotlib.use("Agg")  # a file, never a window
 from matplotlib.figure import Figure
 
 from common.errors import DataError, GolfError
+from common.files import write_atomically
 
 INK, SOFT, GRID = "#22272e", "#6b7480", "#e3e6ea"
 BLUE, ORANGE, GREEN, RED, PURPLE = "#2f6fb3", "#d9772b", "#3a8f5c", "#c04a4a", "#7a5ea8"
@@ -177,12 +178,9 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
     """Draw a run into a PNG (default: curves.png in the run folder) and return its path. Raises DataError."""
     out = out or run / "curves.png"
     figure = draw_run(run)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, out)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
+    write_atomically(out, picture.getvalue())
     return out
 
 

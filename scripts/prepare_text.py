@@ -44,6 +44,7 @@ if __package__ in (None, ""):  # run as a file: the repository root is not on th
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import ConfigError, DataError, GolfError, ShardError, TokenizerError
+from common.files import write_atomically
 from common.text.bpb import ByteTable, byte_table, token_bytes
 from common.text.shards import SHARD_TOKENS_DEFAULT, ShardWriter, check_tokens, open_shard, sha256_of_file
 from common.text.sources import (
@@ -369,16 +370,6 @@ class Progress:
 # ---------------------------------------------------------------- output folder
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file to a temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def read_manifest(folder: Path) -> dict:
     """The manifest of a finished folder.
 
@@ -488,7 +479,7 @@ def staging_folder(out: Path, settings: dict, *, overwrite: bool, keep_downloads
             if path.name == "lock" or (same and keep_downloads):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_file(marker, wanted)
+        write_atomically(marker, wanted)
         yield partial
 
 
@@ -540,7 +531,7 @@ def sort_hashes(path: Path) -> str:
     """Sort a file of 16-byte hashes in place and give its SHA-256."""
     hashes = np.fromfile(path, dtype=f"S{HASH_BYTES}")
     hashes.sort()
-    write_file(path, hashes.tobytes())
+    write_atomically(path, hashes.tobytes())
     return sha256_of_file(path)
 
 
@@ -592,7 +583,7 @@ def prepare_from_text(args: argparse.Namespace, source: TextSource, val_source: 
         tokenizer = load_tokenizer("byte")
     else:
         load_tokenizer(args.tokenizer, args.vocab_size)
-        write_file(tokenizer_path, Path(args.tokenizer).read_bytes())
+        write_atomically(tokenizer_path, Path(args.tokenizer).read_bytes())
         tokenizer = load_tokenizer(tokenizer_path)
 
     reading = Reading()
@@ -1019,7 +1010,7 @@ def fetch_documents(remote: RemoteFolder, folder: Path, progress: Progress) -> P
 
 def finish(manifest: dict, partial: Path, out: Path) -> None:
     """Write the manifest into the staging folder and move everything into place."""
-    write_file(partial / MANIFEST_NAME, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(partial / MANIFEST_NAME, (json.dumps(manifest, indent=1) + "\n").encode())
     publish(partial, out)
 
 

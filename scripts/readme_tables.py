@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, GolfError
+from common.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 # Record field -> heading; the order is the table's.
@@ -75,16 +75,6 @@ def replace_between(text: str, name: str, body: str) -> str:
     return f"{text[:begin]}\n{body}\n{text[end:]}"
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def update(root: Path, runs: list[Path]) -> str:
     """Add the runs to docs/results.json, write README.md's table, and return the table."""
     store, readme = root / "docs" / "results.json", root / "README.md"
@@ -94,8 +84,9 @@ def update(root: Path, runs: list[Path]) -> str:
         records[record["run"]] = record
     ordered = [records[name] for name in sorted(records)]
     table = render(ordered)
-    write_text_atomically(store, json.dumps(ordered, indent=2) + "\n")
-    write_text_atomically(readme, replace_between(readme.read_text(encoding="utf-8"), "results", table))
+    store.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(store, (json.dumps(ordered, indent=2) + "\n").encode())
+    write_atomically(readme, replace_between(readme.read_text(encoding="utf-8"), "results", table).encode())
     return table
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import stat
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from common.artifact.budget import SizeReport, StreamSize, TensorSize, apportion_bytes
 from common.artifact.entropy import ARTIFACT_CODECS, compress_smallest, decompress_stream
 from common.errors import ArtifactError, ConfigError
+from common.files import write_atomically
 from common.quant.bitpack import pack_codes, packed_size_bytes, unpack_codes
 from common.quant.grid import (
     F32_GRID,
@@ -381,18 +381,7 @@ def save_artifact(
             same = back.spec == tensor.spec and np.array_equal(back.codes, tensor.codes)
             same = same and np.array_equal(back.scales, tensor.scales)
         assert same, f"tensor {name!r} does not survive its own encoding"
-    target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, data)
     return report
 
 

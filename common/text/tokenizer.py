@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import TokenizerError
+from common.files import write_atomically
 
 TOKENIZER_PAD_ID, TOKENIZER_BOS_ID, TOKENIZER_EOS_ID, TOKENIZER_UNK_ID = 0, 1, 2, 3  # as in the challenge
 BYTE_BOS_ID = 255  # 0xFF occurs in no valid UTF-8 text
@@ -320,12 +320,7 @@ def train_sentencepiece(
             f"cannot train {vocab_size} entries on {total} characters of text ({error}); "
             "choose a smaller --vocab-size or give more text."
         ) from error
-    temporary_path = Path(out_path).with_name(f".{Path(out_path).name}.{os.getpid()}.tmp")
-    with open(temporary_path, "wb") as file:
-        file.write(model.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_path, out_path)
+    write_atomically(out_path, model.getvalue())
     tokenizer = SentencePieceTokenizer(out_path)
     assert tokenizer.lossless, "the options above make a lossless tokenizer"
     return tokenizer

@@ -59,6 +59,7 @@ from common.artifact.container import load_artifact, save_artifact
 from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.errors import CheckpointError, ConfigError, GolfError, ShardError, TokenizerError
+from common.files import write_atomically
 from common.optim.muon import Muon
 from common.quant.grid import GridSpec, QuantizedTensor
 from common.quant.torch_impl import fake_quantize_torch, quantize_torch
@@ -1476,16 +1477,6 @@ def jepa_diagnostics(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside the target, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def our_sources() -> dict[str, str]:
     """Source text of every module of ours that this process runs, by file name relative to the entry's repository."""
     entry = Path(__file__).resolve()
@@ -2096,7 +2087,9 @@ class Run:
             )
 
     def validate(self) -> None:
-        result = self.score("standard", self.validation.first(self.config.val_max_tokens), temperature=1.0)
+        headline = self.config.modes()[0]
+        mode = "standard" if headline == "sliding" else headline  # a sliding pass would cost more than the steps
+        result = self.score(mode, self.validation.first(self.config.val_max_tokens), temperature=1.0)
         self.folder.text(
             f"step {self.at.step}: val_bpb {result.bpb:.4f} val_loss {result.loss:.4f} over {result.tokens:,} tokens"
         )
@@ -2107,6 +2100,7 @@ class Run:
             val_bpb=result.bpb,
             val_loss=result.loss,
             val_tokens=result.tokens,
+            eval_mode=mode,
             trained_tokens=self.at.step * self.config.train_batch_tokens,
         )
 
