@@ -202,7 +202,7 @@ class Config:
     checkpoint_keep: int = option(2, "checkpoints kept")
 
     def attention_blocks(self) -> frozenset[int]:
-        return frozenset(int(i) for i in self.attn_layers.split(",") if i.strip())
+        return frozenset(int(i) if i.strip().isdecimal() else -1 for i in self.attn_layers.split(",") if i.strip())
 
     def modes(self) -> list[str]:
         return [mode.strip() for mode in self.eval_modes.split(",") if mode.strip()]
@@ -306,40 +306,56 @@ def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+AT_LEAST_ONE = (
+    *("vocab_size", "model_dim", "num_layers", "d_state", "expand", "headdim", "ngroups", "chunk_size", "attn_headdim"),
+    *(
+        "train_seq_len",
+        "train_batch_tokens",
+        "micro_batch_tokens",
+        "iterations",
+        "muon_backend_steps",
+        "checkpoint_keep",
+    ),
+    *("val_batch_size", "sliding_eval_stride", "eval_lanes", "temp_calib_tokens", "predictor_hidden_mult"),
+)
+
+
 def check_config(config: Config) -> None:
-    """Refuse contradictions before anything is built. Raises ConfigError naming option, value and rule."""
+    """Refuse values that cannot be and contradictions, before anything is built. Raises ConfigError.
+
+    Configurations come from artifacts of strangers too, so types are checked like everything else.
+    """
     for f in fields(Config):
-        choices = f.metadata["choices"]
-        value = getattr(config, f.name)
+        value, kind, choices = getattr(config, f.name), type(f.default), f.metadata["choices"]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ConfigError(f"{f.name} is {value!r}; expected {kind.__name__}")
         if choices and value not in choices:
             raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(map(str, choices))}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
-            raise ConfigError(f"{f.name} is {value}; it must be finite and not negative")
+        least = 1 if f.name in AT_LEAST_ONE else 0
+        if kind in (int, float) and not least <= value < 2**53:
+            raise ConfigError(f"{f.name} is {value}; it must be finite and at least {least}")
+    c, layers = config, config.attention_blocks()
     rules = [
-        ((config.expand * config.model_dim) % config.headdim == 0, "headdim must divide expand * model_dim"),
-        (config.headdim > 0 and config.model_dim > 0 and config.num_layers > 0, "sizes must be positive"),
+        ((c.expand * c.model_dim) % c.headdim == 0, "headdim must divide expand * model_dim"),
+        ((c.expand * c.model_dim // c.headdim) % c.ngroups == 0, "ngroups must divide the number of heads"),
+        (c.d_conv > 1, "d_conv must be at least 2"),
+        (c.sigreg_knots > 1, "sigreg_knots must be at least 2"),
+        (c.train_batch_tokens % c.train_seq_len == 0, "train_seq_len must divide train_batch_tokens"),
+        (not layers or c.model_dim % c.attn_headdim == 0, "attn_headdim must divide model_dim"),
+        (all(0 <= i < c.num_layers for i in layers), "attn_layers are block numbers that must lie below num_layers"),
+        (c.tokenizer != "byte" or c.vocab_size == 256, "byte mode has a vocabulary of 256"),
+        (c.ce_weight > 0 or c.jepa_on, "at least one objective must have weight"),
+        (c.jepa_weight == 0 or 0 < c.jepa_steps < c.train_seq_len, "0 < jepa_steps < train_seq_len"),
+        (c.warmdown_by != "time" or c.max_wallclock_seconds > 0, "warmdown_by=time needs max_wallclock_seconds"),
+        (c.warmdown_fraction <= 1 and c.qat_fraction <= 1 and c.ema_start_fraction <= 1, "fractions lie in [0, 1]"),
+        (c.ema_decay < 1 and c.muon_momentum < 1, "ema_decay and muon_momentum lie below 1"),
+        (bool(c.modes()) and set(c.modes()) <= set(EVAL_MODES), f"eval_modes are of {', '.join(EVAL_MODES)}"),
         (
-            config.train_seq_len > 0 and config.d_conv > 1 and config.ngroups > 0,
-            "train_seq_len, ngroups > 0; d_conv > 1",
+            c.sliding_eval_stride <= (c.eval_seq_len or c.train_seq_len) or "sliding" not in c.modes(),
+            "sliding_eval_stride may not exceed the scoring window",
         ),
-        (config.train_batch_tokens % config.train_seq_len == 0, "train_seq_len must divide train_batch_tokens"),
-        (
-            not config.attention_blocks() or config.model_dim % config.attn_headdim == 0,
-            "attn_headdim must divide model_dim",
-        ),
-        (all(i < config.num_layers for i in config.attention_blocks()), "attn_layers must lie below num_layers"),
-        (config.tokenizer != "byte" or config.vocab_size == 256, "byte mode has a vocabulary of 256"),
-        (config.ce_weight > 0 or config.jepa_on, "at least one objective must have weight"),
-        (config.jepa_weight == 0 or 0 < config.jepa_steps < config.train_seq_len, "0 < jepa_steps < train_seq_len"),
-        (config.iterations > 0, "iterations must be positive"),
-        (
-            config.warmdown_by != "time" or config.max_wallclock_seconds > 0,
-            "warmdown_by=time needs max_wallclock_seconds",
-        ),
-        (0 <= config.warmdown_fraction <= 1 and 0 <= config.qat_fraction <= 1, "fractions lie in [0, 1]"),
-        (bool(config.modes()) and all(m in EVAL_MODES for m in config.modes()), f"eval_modes are of {EVAL_MODES}"),
-        (config.tie_embeddings in (0, 3) or config.effective_embed_dim > 0, "embed_dim must be positive"),
-        (config.a_init_max > config.a_init_min > 0 and config.dt_init_max > config.dt_init_min > 0, "init ranges"),
+        (c.a_init_max > c.a_init_min > 0, "0 < a_init_min < a_init_max"),
+        (c.dt_init_max > c.dt_init_min > 0, "0 < dt_init_min < dt_init_max"),
     ]
     for holds, rule in rules:
         if not holds:
@@ -1694,21 +1710,36 @@ def export_artifact(
 
 
 def load_model(path: str | Path, kernels_choice: str, ranks: Ranks) -> tuple[LanguageModel, Config, dict[str, Any]]:
-    """Read an artifact into a fresh model, strictly. Raises ArtifactError or ConfigError."""
-    tensors, meta = load_artifact(path)
-    known = {*MODEL_FIELDS, *SCORING_FIELDS}
-    values = {**meta.get("model", {}), **meta.get("eval", {})}
-    if meta.get("entry") != "jepa_mamba" or not set(values) <= known:
-        raise ConfigError(
-            f"{path}: not of this entry: entry {meta.get('entry')!r}, unknown options {sorted(set(values) - known)}"
-        )
-    config = replace(Config(), tokenizer=meta["tokenizer"]["kind"], **values)
+    """Read an artifact into a fresh model, strictly. Raises ArtifactError or ConfigError.
+
+    The model is first laid out without memory: what an artifact claims about itself must fit its tensors.
+    """
+    arrays, meta = load_artifact(path)
+    model, scoring, tokenizer = (meta.get(key) for key in ("model", "eval", "tokenizer"))
+    if (
+        meta.get("entry") != "jepa_mamba"
+        or not (isinstance(model, dict) and set(model) <= set(MODEL_FIELDS))
+        or not (isinstance(scoring, dict) and set(scoring) <= set(SCORING_FIELDS))
+        or not (isinstance(tokenizer, dict) and {"kind", "sha256"} <= set(tokenizer))
+        or not (isinstance(meta.get("temperature"), (int, float)) and 0 < meta["temperature"] < math.inf)
+    ):
+        raise ConfigError(f"{path}: not an artifact of this entry; its description is {str(meta)[:200]}")
+    config = replace(Config(), tokenizer=tokenizer["kind"], **model, **scoring)
     check_config(config)
-    lm = LanguageModel(config, select_kernels(kernels_choice, ranks.device))
-    try:
-        lm.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()}, strict=True)
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: its tensors do not fit the model that it describes: {error}") from None
+    if config.num_layers > len(arrays):
+        raise ConfigError(f"{path}: describes {config.num_layers} layers but holds {len(arrays)} tensors")
+    with torch.device("meta"):
+        lm = LanguageModel(config, select_kernels(kernels_choice, ranks.device))
+    described = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
+    held = {name: array.shape for name, array in arrays.items()}
+    if described != held:
+        differing = sorted(name for name in described.keys() | held.keys() if described.get(name) != held.get(name))
+        name = differing[0]
+        raise ConfigError(
+            f"{path}: {len(differing)} tensors do not fit the model that it describes, the first {name}: "
+            f"{held.get(name, 'absent')} held, {described.get(name, 'none')} described"
+        )
+    lm.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=True, assign=True)
     return cast_compute(lm.to(ranks.device), compute_dtype(ranks.device)).eval(), config, meta
 
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.artifact.container import load_artifact
+from common.artifact.container import load_artifact, save_artifact
+from common.errors import ConfigError
+from common.text.tokenizer import load_tokenizer
 from submissions.jepa_mamba.train_gpt import (
     Masters,
     Progress,
@@ -23,6 +25,7 @@ from submissions.jepa_mamba.train_gpt import (
     Trainer,
     TrainingModel,
     build_optimizers,
+    export_artifact,
     learning_rate_scale,
     load_model,
     optimizer_group,
@@ -89,9 +92,6 @@ def test_masters_are_float32_and_small_updates_are_kept() -> None:
 @pytest.mark.parametrize("bits", [4, 5, 6])
 @pytest.mark.parametrize("storage", ["FP8", "INT8", "BF16"])
 def test_training_export_and_scoring_hold_the_same_weights_bit_for_bit(bits: int, storage: str, tmp_path: Path) -> None:
-    from common.text.tokenizer import load_tokenizer
-    from submissions.jepa_mamba.train_gpt import export_artifact
-
     config = tiny(quant_bits=bits, fp_storage=storage, model_dim=64, headdim=32)
     trainer = Trainer(config, KERNELS, ALONE)
     trainer.masters.publish(True)
@@ -332,3 +332,30 @@ def test_two_ranks_train_as_one(byte_data: Path, tmp_path: Path, options: dict) 
     assert max(abs(one[s] - two[s]) for s in one) <= 1e-5
     scores = [json.loads((tmp_path / name / "summary.json").read_text())["val_bpb"] for name in ("one", "two")]
     assert scores[0] == pytest.approx(scores[1], abs=2e-3)  # a weight may round to the neighbouring code
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"entry": "another"}, "not an artifact of this entry"),
+        ({"model": {"model_dim": "wide"}}, "model_dim is 'wide'; expected int"),
+        ({"model": {"num_layers": 10**9}}, "describes 1000000000 layers"),
+        ({"model": {"model_dim": 64 * 10**6}}, "tensors do not fit"),
+        ({"model": {"headdim": 0}}, "headdim is 0"),
+        ({"model": {"seed": 3}}, "not an artifact of this entry"),
+        ({"model": None}, "not an artifact of this entry"),
+        ({"tokenizer": {"kind": []}}, "not an artifact of this entry"),
+        ({"tokenizer": {"kind": [], "sha256": ""}}, "tokenizer is"),
+        ({"temperature": 0}, "not an artifact of this entry"),
+    ],
+)
+def test_artifacts_that_lie_about_themselves_are_refused(change: dict, says: str, tmp_path: Path) -> None:
+    config = tiny()
+    trainer = Trainer(config, KERNELS, ALONE)
+    path = tmp_path / "model.artifact"
+    export_artifact(path, trainer.masters, config, load_tokenizer("byte"), 1.0)
+    _, meta = load_artifact(path)
+    model = {**meta["model"], **change.pop("model", {})} if change.get("model", {}) is not None else change.pop("model")
+    save_artifact(path, trainer.masters.quantized(), {**meta, "model": model, **change})
+    with pytest.raises(ConfigError, match=says):
+        load_model(path, "torch", ALONE)
