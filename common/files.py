@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write to a temporary name beside the target, flush to disk, rename; a failed write leaves nothing behind.
 
     Args:
