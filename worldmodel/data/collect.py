@@ -1,8 +1,8 @@
 """Collect a data set from procgen games: reproducible bit for bit, resumable, extensible.
 
-A split is a list of *shards*; a shard is a fresh vector of games with its own seed, played for a fixed number of steps, and
-becomes one file. Shards do not depend on each other, so the content does not depend on how many are played at once, and a
-killed run loses only the shards that it had not finished.
+A split is a list of *shards*; a shard is a fresh vector of games with its own seed, played for a fixed number of steps,
+and becomes one file. Shards do not depend on each other, so the content does not depend on how many are played at once,
+and a killed run loses only the shards that it had not finished.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,13 @@ def _check(config: CollectConfig) -> None:
         raise ConfigError("no frames wanted: set train_frames, val_frames or test_frames")
     for i, (split, levels) in enumerate(wanted):
         for other, other_levels in wanted[:i]:
-            if levels.start < other_levels.start + other_levels.count and other_levels.start < levels.start + levels.count:
+            if (
+                levels.start < other_levels.start + other_levels.count
+                and other_levels.start < levels.start + levels.count
+            ):
                 raise ConfigError(
-                    f"levels of {split} {levels} and {other} {other_levels} overlap: a model would be tested on levels that it "
-                    "has seen; make the ranges disjoint"
+                    f"levels of {split} {levels} and {other} {other_levels} overlap: a model would be tested on levels "
+                    "that it has seen; make the ranges disjoint"
                 )
 
 
@@ -157,10 +160,14 @@ def _new_manifest(config: CollectConfig) -> dict[str, Any]:
         "fps": PROCGEN_FPS,
         "complete": False,
         "source": {"type": "procgen", "recipe": _recipe(config)},
-        "plan": {split: _plan_shards(_frames_of(config, split), config) for split in SPLITS if _frames_of(config, split)},
+        "plan": {
+            split: _plan_shards(_frames_of(config, split), config) for split in SPLITS if _frames_of(config, split)
+        },
         "splits": {
             split: {
-                "level_ranges": [[_levels_of(config, split).start, sum(dataclasses.astuple(_levels_of(config, split)))]],
+                "level_ranges": [
+                    [_levels_of(config, split).start, sum(dataclasses.astuple(_levels_of(config, split)))]
+                ],
                 "files": [],
             }
             for split in SPLITS
@@ -177,7 +184,9 @@ def _prepare(config: CollectConfig) -> dict[str, Any]:
     if config.overwrite and out_dir.exists() and any(out_dir.iterdir()):
         # Only a folder that is recognisably a data set is deleted.
         if not (out_dir / MANIFEST_NAME).exists():
-            raise DataError(f"{out_dir}: holds files but no {MANIFEST_NAME}: not deleted; empty it or name another --out-dir")
+            raise DataError(
+                f"{out_dir}: holds files but no {MANIFEST_NAME}: not deleted; empty it or name another --out-dir"
+            )
         shutil.rmtree(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if not (out_dir / MANIFEST_NAME).exists():
@@ -188,10 +197,12 @@ def _prepare(config: CollectConfig) -> dict[str, Any]:
     recipe = manifest.get("source", {}).get("recipe")
     if recipe != _recipe(config):
         wanted = _recipe(config)
-        differing = sorted(name for name in wanted if not isinstance(recipe, Mapping) or recipe.get(name) != wanted[name])
+        differing = sorted(
+            name for name in wanted if not isinstance(recipe, Mapping) or recipe.get(name) != wanted[name]
+        )
         raise DataError(
-            f"{out_dir}: holds a data set made otherwise (different: {', '.join(differing)}): use its options, name another "
-            "--out-dir, or replace it with --overwrite"
+            f"{out_dir}: holds a data set made otherwise (different: {', '.join(differing)}): use its options, name "
+            "another --out-dir, or replace it with --overwrite"
         )
     if not manifest["complete"]:
         return manifest
@@ -208,8 +219,8 @@ def _prepare(config: CollectConfig) -> dict[str, Any]:
         return write_manifest(out_dir, manifest)
     if manifest["plan"] != more:
         raise DataError(
-            f"{out_dir}: holds a finished data set of another size ({_sizes(manifest)}): grow it with --append, or replace it "
-            "with --overwrite"
+            f"{out_dir}: holds a finished data set of another size ({_sizes(manifest)}): grow it with --append, or "
+            "replace it with --overwrite"
         )
     return manifest
 
@@ -259,7 +270,11 @@ def run_collect(config: CollectConfig) -> dict[str, Any]:
 
 
 def _collect_shards(
-    config: CollectConfig, manifest: dict[str, Any], todo: list[tuple[str, int, int]], layout: RecordLayout, on_frames
+    config: CollectConfig,
+    manifest: dict[str, Any],
+    todo: list[tuple[str, int, int]],
+    layout: RecordLayout,
+    on_frames: Callable[[int], None],
 ) -> dict[str, Any]:
     stop = threading.Event()
     workers = config.workers or len(os.sched_getaffinity(0))

@@ -1,8 +1,8 @@
 """Procgen games as a source of episodes, and the policies that play them while data is collected.
 
-gym3's order of things decides the alignment of the records. `observe()` returns (reward, frame, first): the frame is the
-present one; `first` says that it opens an episode; the reward belongs to the action *before* it, which is the last action of
-the ended episode when `first` is set. The frame after the last action of an ended episode is never shown.
+gym3's order of things decides the alignment of the records. `observe()` returns (reward, frame, first): the frame is
+the present one; `first` says that it opens an episode; the reward belongs to the action *before* it, which is the last
+action of the ended episode when `first` is set. The frame after the last action of an ended episode is never shown.
 
 Letters: N environments, H height, W width, C channels, A actions.
 """
@@ -15,7 +15,8 @@ import difflib
 import io
 import sys
 import threading
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -61,8 +62,8 @@ PROCGEN_FPS = 15
 PROCGEN_FRAME_SHAPE = (64, 64, 3)
 NUM_ACTIONS = len(PROCGEN_ACTION_NAMES)
 
-# Probability of each action when "sticky-right" draws a new one: it runs and jumps to the right, where a platform game goes
-# on, and still takes every action often enough that a model can learn what each does.
+# Probability of each action when "sticky-right" draws a new one: it runs and jumps to the right, where a platform game
+# goes on, and still takes every action often enough that a model can learn what each does.
 _RIGHT_WEIGHTS = (2, 8, 5, 3, 6, 8, 2, 30, 30, 1, 1, 1, 1, 1, 1)
 
 PolicyName = Literal["random", "sticky-right"]
@@ -143,7 +144,7 @@ def make_policy(name: PolicyName, num_envs: int, generator: np.random.Generator)
     raise ConfigError(f"policy {name!r}: expected 'random' or 'sticky-right'")
 
 
-def make_procgen(options: EnvOptions, *, num_envs: int, start_level: int, num_levels: int, rand_seed: int):
+def make_procgen(options: EnvOptions, *, num_envs: int, start_level: int, num_levels: int, rand_seed: int) -> Any:
     """A vector of procgen games whose levels and order of levels are all decided by the arguments.
 
     Args:
@@ -162,7 +163,8 @@ def make_procgen(options: EnvOptions, *, num_envs: int, start_level: int, num_le
     """
     if num_levels < 1 or start_level < 0:
         raise ConfigError(
-            f"levels [{start_level}, {start_level} + {num_levels}): a start of at least 0 and at least one level are needed"
+            f"levels [{start_level}, {start_level} + {num_levels}): a start of at least 0 and at least one level are "
+            "needed"
         )
     with _make_lock:
         try:
@@ -203,13 +205,13 @@ def play_shard(
     num_levels: int,
     rand_seed: int,
     policy: Policy,
-    on_frames=None,
+    on_frames: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
 ) -> list[EncodedEpisode]:
     """Play `num_envs` games for `num_steps` steps each and return every episode, in order of its end.
 
-    An episode that is under way when the steps are used up is kept as far as it went (END_CUT): leaving it out would favour
-    short episodes. Exactly num_envs · num_steps frames are returned.
+    An episode that is under way when the steps are used up is kept as far as it went (END_CUT): leaving it out would
+    favour short episodes. Exactly num_envs · num_steps frames are returned.
 
     Args:
         options: the game.
@@ -221,9 +223,7 @@ def play_shard(
         on_frames: called with the number of new frames after every step.
         stop: when set, playing ends with `Cancelled`.
     """
-    env = make_procgen(
-        options, num_envs=num_envs, start_level=start_level, num_levels=num_levels, rand_seed=rand_seed
-    )
+    env = make_procgen(options, num_envs=num_envs, start_level=start_level, num_levels=num_levels, rand_seed=rand_seed)
     try:
         encoders = [EpisodeEncoder(layout) for _ in range(num_envs)]
         episodes: list[EncodedEpisode] = []
@@ -276,8 +276,8 @@ def replay_episode(options: EnvOptions, level_seed: int, actions_N: np.ndarray) 
         actions_N: its actions.
 
     Returns:
-        frames_NHWC uint8 at which the actions are taken, rewards_N float32 that follow them, and whether the last action
-        ended the episode.
+        frames_NHWC uint8 at which the actions are taken, rewards_N float32 that follow them, and whether the last
+        action ended the episode.
     """
     env = make_procgen(options, num_envs=1, start_level=level_seed, num_levels=1, rand_seed=0)
     try:

@@ -1,8 +1,8 @@
 """Batches for training: a Grain pipeline over all windows of T frames.
 
-Grain owns order, repetition, batching, prefetching and the resumable position; the last step turns a batch of window numbers
-into arrays, each window decoded straight into its row. Order depends on the seed alone: batch g is the same for every number
-of processes and threads, and a process decodes only its own rows of it.
+Grain owns order, repetition, batching, prefetching and the resumable position; the last step turns a batch of window
+numbers into arrays, each window decoded straight into its row. Order depends on the seed alone: batch g is the same for
+every number of processes and threads, and a process decodes only its own rows of it.
 
 Letters: B rows of this process, T frames of a window, H height, W width, C channels, N tokens of a frame.
 """
@@ -56,7 +56,8 @@ class WindowBatches:
 class WindowLoader:
     """An endless, resumable iterator over batches. Made by `make_loader`.
 
-    `state()` after batch g and `restore()` continue with batch g + 1, bitwise, whatever the number of processes or threads.
+    `state()` after batch g and `restore()` continue with batch g + 1, bitwise, whatever the number of processes or
+    threads.
     """
 
     def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], num_windows: int) -> None:
@@ -90,8 +91,8 @@ class WindowLoader:
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise CheckpointError(
-                    f"loader state has {name} = {state.get(name)!r}, this loader has {value!r}: resume with the data and the "
-                    "options that the run was started with, or start a new run"
+                    f"loader state has {name} = {state.get(name)!r}, this loader has {value!r}: resume with the data "
+                    "and the options that the run was started with, or start a new run"
                 )
         self._iterator.set_state(state["position"])
 
@@ -142,13 +143,16 @@ def make_loader(
         raise ConfigError(f"process {process_index} of {process_count}: expected 0 <= index < count")
     if batch_size < 1 or batch_size % process_count:
         raise ConfigError(
-            f"global batch of {batch_size} rows for {process_count} processes: expected a positive multiple of {process_count}"
+            f"global batch of {batch_size} rows for {process_count} processes: expected a positive multiple of "
+            f"{process_count}"
         )
     if not with_frames and with_tokens is None:
         raise ConfigError("with_frames=False needs with_tokens: a batch of nothing was asked for")
     frames = open_dataset(data_dir, split)
     if frames.kind != "frames":
-        raise DataError(f"{data_dir}: holds {frames.kind}, not frames: give the pixel data set, and tokens as with_tokens")
+        raise DataError(
+            f"{data_dir}: holds {frames.kind}, not frames: give the pixel data set, and tokens as with_tokens"
+        )
     tokens = None
     if with_tokens is not None:
         tokens = open_dataset(with_tokens, split)
@@ -179,7 +183,9 @@ def make_loader(
 def check_tokens_belong(tokens: EpisodeSet, frames: EpisodeSet) -> None:
     """Raise DataError unless `tokens` was made from exactly these frames."""
     if tokens.kind != "tokens":
-        raise DataError(f"{tokens.data_dir}: holds {tokens.kind}, not tokens: make tokens with `python -m worldmodel tokenize`")
+        raise DataError(
+            f"{tokens.data_dir}: holds {tokens.kind}, not tokens: make tokens with `python -m worldmodel tokenize`"
+        )
     source = tokens.manifest.get("source", {}).get("content_sha256", {}).get(tokens.split)
     if source != frames.content_sha256 or not np.array_equal(tokens.frames_E, frames.frames_E):
         raise DataError(

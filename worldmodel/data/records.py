@@ -5,9 +5,9 @@ A data set is a folder:
     manifest.json                 what it is, how it was made, every file with its size and digests
     train-00000.array_record ...  `<split>-<number>.array_record`
 
-Every record of a file but the last is one *group*: up to `group_frames` consecutive items (frames, or the tokens of frames)
-of one episode, compressed by themselves, so a window of T frames reads ceil(T / G) or one more records and nothing else.
-The last record is the file's index. Nothing is pickled. All integers are little-endian.
+Every record of a file but the last is one *group*: up to `group_frames` consecutive items (frames, or the tokens of
+frames) of one episode, compressed by themselves, so a window of T frames reads ceil(T / G) or one more records and
+nothing else. The last record is the file's index. Nothing is pickled. All integers are little-endian.
 
     group record                                          index record
     0   4s   magic b"WMG1"                                0  4s  magic b"WMI1"
@@ -26,11 +26,11 @@ The last record is the file's index. Nothing is pickled. All integers are little
         payload
 
 Scan order: a camera that scrolls sideways turns columns into columns of the next frame. Stored column by column, such a
-frame is one long match for the compressor: hard CoinRun at level 5 costs 658 bytes a frame where rows cost 797. "auto" tries
-both on the first group of an episode and keeps the smaller.
+frame is one long match for the compressor: hard CoinRun at level 5 costs 658 bytes a frame where rows cost 797. "auto"
+tries both on the first group of an episode and keeps the smaller.
 
-Alignment: `actions[t]` is the action taken at frame t; it leads to frame t + 1. The last action of an ended episode leads
-to a frame that the environment never showed.
+Alignment: `actions[t]` is the action taken at frame t; it leads to frame t + 1. The last action of an ended episode
+leads to a frame that the environment never showed.
 
 Letters: E episodes, T frames of a window, B windows, H height, W width, C channels, D item dimensions, N items.
 """
@@ -51,7 +51,7 @@ from typing import Any, Literal
 import msgpack
 import numpy as np
 import zstandard
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from common.errors import DataError
 
@@ -72,7 +72,11 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _MAX_GROUP_BYTES = 1 << 28
 
 END_CUT, END_TERMINAL, END_OF_VIDEO = 0, 1, 2
-END_NAMES = {END_CUT: "cut by the end of the collection", END_TERMINAL: "ended by the game", END_OF_VIDEO: "end of video"}
+END_NAMES = {
+    END_CUT: "cut by the end of the collection",
+    END_TERMINAL: "ended by the game",
+    END_OF_VIDEO: "end of video",
+}
 
 Scan = Literal["auto", "rows", "columns"]
 
@@ -99,8 +103,8 @@ class RecordLayout:
             raise DataError(f"num_actions {self.num_actions}: expected a value in [0, 32767]")
         if self.group_frames * self.item_bytes > _MAX_GROUP_BYTES:
             raise DataError(
-                f"a group of {self.group_frames} items of {self.item_bytes} bytes is larger than {_MAX_GROUP_BYTES} bytes: "
-                "lower group_frames"
+                f"a group of {self.group_frames} items of {self.item_bytes} bytes is larger than {_MAX_GROUP_BYTES} "
+                "bytes: lower group_frames"
             )
 
     @property
@@ -314,21 +318,20 @@ class EpisodeEncoder:
     def _flush(self) -> None:
         group_ND = self._group_ND[: self._filled]
         self._digest.update(group_ND)
-        rows: bytes | None = None
-        if self._scan is None:
-            self._scan = _SCAN_COLUMNS if self.layout.scan == "columns" else _SCAN_ROWS
-            if not self.layout.can_scan_columns:
-                self._scan = _SCAN_ROWS
-            elif self.layout.scan == "auto":
-                rows = self._compressor.compress(group_ND)
-                columns = self._compress_columns(group_ND)
-                self._scan = _SCAN_COLUMNS if len(columns) < len(rows) else _SCAN_ROWS
-                self._payloads.append(columns if self._scan == _SCAN_COLUMNS else rows)
-                self._filled = 0
-                return
-        columns_first = self._scan == _SCAN_COLUMNS
-        self._payloads.append(self._compress_columns(group_ND) if columns_first else self._compressor.compress(group_ND))
+        if self._scan is None and self.layout.can_scan_columns and self.layout.scan == "auto":
+            rows, columns = self._compress(group_ND), self._compress_columns(group_ND)
+            self._scan = _SCAN_COLUMNS if len(columns) < len(rows) else _SCAN_ROWS
+            self._payloads.append(columns if self._scan == _SCAN_COLUMNS else rows)
+        else:
+            if self._scan is None:
+                columns_wanted = self.layout.can_scan_columns and self.layout.scan == "columns"
+                self._scan = _SCAN_COLUMNS if columns_wanted else _SCAN_ROWS
+            compress = self._compress_columns if self._scan == _SCAN_COLUMNS else self._compress
+            self._payloads.append(compress(group_ND))
         self._filled = 0
+
+    def _compress(self, group_ND: np.ndarray) -> bytes:
+        return self._compressor.compress(group_ND.data)
 
     def _compress_columns(self, group_NHWC: np.ndarray) -> bytes:
         height, width, channels = self.layout.item_shape
@@ -336,7 +339,7 @@ class EpisodeEncoder:
             self._scratch_ND = np.empty((self.layout.group_frames, width, height, channels), self._dtype)
         scratch_NWHC = self._scratch_ND[: len(group_NHWC)]
         _transpose_images(group_NHWC, scratch_NWHC)
-        return self._compressor.compress(scratch_NWHC)
+        return self._compress(scratch_NWHC)
 
 
 def encode_episode(
@@ -350,15 +353,17 @@ def encode_episode(
     level_complete: int = -1,
 ) -> EncodedEpisode:
     """Compress a whole episode that is in memory; absent actions are unknown, absent rewards 0."""
-    encoder = EpisodeEncoder(layout)
-    for item_D in items_ND:
-        encoder.add_item(item_D)
     count = len(items_ND)
-    for action in np.full(count, UNKNOWN_ACTION) if actions_N is None else actions_N:
-        encoder._actions.append(int(action))
-    encoder._rewards.extend([0.0] * count if rewards_N is None else [float(reward) for reward in rewards_N])
-    if len(encoder._rewards) != count:
-        raise DataError(f"{count} frames but {len(encoder._rewards)} rewards: one a frame is needed")
+    actions = [UNKNOWN_ACTION] * count if actions_N is None else np.asarray(actions_N).tolist()
+    rewards = [0.0] * count if rewards_N is None else np.asarray(rewards_N).tolist()
+    if len(actions) != count or len(rewards) != count:
+        raise DataError(
+            f"{count} frames, {len(actions)} actions and {len(rewards)} rewards: one of each a frame is needed"
+        )
+    encoder = EpisodeEncoder(layout)
+    for item_D, action, reward in zip(items_ND, actions, rewards, strict=True):
+        encoder.add_item(item_D)
+        encoder.add_step(action, reward)
     return encoder.finish(level_seed=level_seed, end=end, level_complete=level_complete)
 
 
@@ -465,7 +470,7 @@ class RecordWriter:
         return self.summary
 
 
-# ---------------------------------------------------------------------------------------------------------------- manifest
+# ------------------------------------------------------------------------------------------------------------- manifest
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -479,8 +484,8 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{path}: not found. A data set is a folder with this file: make one with `python -m worldmodel collect` or "
-            "`python -m worldmodel import`"
+            f"{path}: not found. A data set is a folder with this file: make one with `python -m worldmodel collect` "
+            "or `python -m worldmodel import`"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}): restore it or collect the data set again") from error
@@ -488,7 +493,8 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
         raise DataError(f'{path}: not a world-model data set (expected "format": "{FORMAT_NAME}")')
     if manifest.get("version") != FORMAT_VERSION:
         raise DataError(
-            f"{path}: format version {manifest.get('version')!r}, this code reads version {FORMAT_VERSION}: collect again"
+            f"{path}: format version {manifest.get('version')!r}, this code reads version {FORMAT_VERSION}: collect "
+            "again"
         )
     needed = {
         "kind": str,
@@ -542,7 +548,7 @@ def split_file_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.array_record"
 
 
-# ------------------------------------------------------------------------------------------------------------------ reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def check_actions(actions: np.ndarray, num_actions: int, *, where: str) -> None:
@@ -590,13 +596,16 @@ class RecordFile:
         try:
             size_bytes = self.path.stat().st_size
         except OSError as error:
-            raise DataError(f"{self.path}: listed in the manifest but not readable ({error}): restore the file") from error
+            raise DataError(
+                f"{self.path}: listed in the manifest but not readable ({error}): restore the file"
+            ) from error
         if expected is not None and size_bytes != expected["bytes"]:
             raise DataError(
-                f"{self.path}: {size_bytes} bytes, the manifest says {expected['bytes']}: truncated or replaced; restore it"
+                f"{self.path}: {size_bytes} bytes, the manifest says {expected['bytes']}: truncated or replaced; "
+                "restore it"
             )
         self._reader = array_record_module.ArrayRecordReader(
-            str(self.path), options=_READER_OPTIONS, file_reader_buffer_size=32768
+            str(self.path), options=_READER_OPTIONS, file_reader_buffer_size=4096
         )
         if not self._reader.ok() or self._reader.num_records() < 1:
             raise DataError(f"{self.path}: not a complete ArrayRecord file: truncated or damaged; restore it")
@@ -610,16 +619,16 @@ class RecordFile:
                     f"{expected['episodes']} and {expected['frames']}: file and manifest belong to different data sets"
                 )
 
-    def _read_raw(self, start: int, stop: int) -> list[bytes]:
+    def _read_raw(self, record: int) -> bytes:
+        # One record a call: the reader hands a range to its thread pool, costing more than it saves.
         try:
-            return self._reader.read(start, stop)
+            return self._reader.read(record, record + 1)[0]
         except Exception as error:
-            where = f"record {start}" if stop == start + 1 else f"records {start} to {stop - 1}"
-            raise DataError(f"{self.path}, {where}: damaged ({error}): restore the file") from error
+            raise DataError(f"{self.path}, record {record}: damaged ({error}): restore the file") from error
 
     def _read_index(self) -> _FileIndex:
         number = self.num_groups
-        raw = self._read_raw(number, number + 1)[0]
+        raw = self._read_raw(number)
         where = f"{self.path}, record {number} (index)"
         if raw[:4] != _INDEX_MAGIC:
             raise DataError(f"{where}: does not start with {_INDEX_MAGIC!r}: not a file of this format")
@@ -646,8 +655,8 @@ class RecordFile:
         wanted = (self.layout.item_shape, self._dtype.name, self.layout.group_frames, self.kind)
         if stored != wanted:
             raise DataError(
-                f"{where}: items are (shape, dtype, group, kind) {stored}, the manifest says {wanted}: frames of another size "
-                "or a file of another data set; remove it or import the data again"
+                f"{where}: items are (shape, dtype, group, kind) {stored}, the manifest says {wanted}: frames of "
+                "another size or a file of another data set; remove it or import the data again"
             )
         first_E, frames_E = columns[0].astype(np.int64), columns[1].astype(np.int64)
         groups_E = -(-frames_E // self.layout.group_frames)
@@ -676,7 +685,8 @@ class RecordFile:
             elif tuple(dims) != self._dimensions or dtype_code != _DTYPES.index(self._dtype):
                 dtype_name = _DTYPES[dtype_code].name if dtype_code < len(_DTYPES) else f"code {dtype_code}"
                 fault = (
-                    f"items of shape {tuple(dims)} and dtype {dtype_name}, expected {self._dimensions} and {self._dtype.name}"
+                    f"items of shape {tuple(dims)} and dtype {dtype_name}, "
+                    f"expected {self._dimensions} and {self._dtype.name}"
                 )
             elif (got_episode, got_first, n) != (episode, first_frame, count):
                 fault = (
@@ -701,8 +711,10 @@ class RecordFile:
             self._local.decompressor = zstandard.ZstdDecompressor()
         return scratch
 
-    def _decode(self, raw: bytes, record: int, codec: int, scan: int, offset: int, start: int, out_ND: np.ndarray) -> None:
-        """Decode items [start, start + len(out)) of a group into `out`, which is C-contiguous; later items stay encoded."""
+    def _decode(
+        self, raw: bytes, record: int, codec: int, scan: int, offset: int, start: int, out_ND: np.ndarray
+    ) -> None:
+        """Decode items [start, start + len(out)) of a group into `out`, C-contiguous; later items stay encoded."""
         scratch_ND = self._scratch()
         count = len(out_ND)
         direct = start == 0 and scan == _SCAN_ROWS
@@ -717,7 +729,9 @@ class RecordFile:
                 with self._local.decompressor.stream_reader(payload, closefd=False) as stream:
                     got_bytes = stream.readinto(target)
         except (zstandard.ZstdError, ValueError) as error:
-            raise DataError(f"{self.path}, record {record}: payload does not decode ({error}): restore the file") from error
+            raise DataError(
+                f"{self.path}, record {record}: payload does not decode ({error}): restore the file"
+            ) from error
         if got_bytes != target.size:
             raise DataError(
                 f"{self.path}, record {record}: payload decodes to {got_bytes} of {target.size} bytes: restore the file"
@@ -738,6 +752,7 @@ class RecordFile:
         items_ND: np.ndarray | None,
         actions_N: np.ndarray,
         rewards_N: np.ndarray | None = None,
+        check: bool = True,
     ) -> None:
         """Decode frames [start, start + count) of an episode of this file into the given arrays.
 
@@ -748,30 +763,33 @@ class RecordFile:
             items_ND: (count, *item_shape) C-contiguous, or None when items are not wanted.
             actions_N: (count,) of any integer dtype.
             rewards_N: (count,) or None.
+            check: whether actions are checked here; a caller that reads many spans checks them all at once.
 
         Raises:
             DataError: a record that the span touches is damaged; the message names file and record.
         """
         group_frames = self.layout.group_frames
         num_frames = int(self.index.frames_E[episode])
-        assert 0 <= start and count > 0 and start + count <= num_frames
+        assert start >= 0 and count > 0 and start + count <= num_frames
         first_group, last_group = start // group_frames, (start + count - 1) // group_frames
         first_record = int(self.index.first_record_E[episode])
-        records = self._read_raw(first_record + first_group, first_record + last_group + 1)
         done = 0
-        for group, raw in enumerate(records, first_group):
+        for group in range(first_group, last_group + 1):
             group_start = group * group_frames
             group_count = min(group_frames, num_frames - group_start)
             low = max(start - group_start, 0)
             high = min(start + count - group_start, group_count)
             record = first_record + group
+            raw = self._read_raw(record)
             codec, scan, offset = self._parse(raw, record, episode, group_start, group_count)
             actions = np.frombuffer(raw, "<i2", group_count, _GROUP_HEADER.size)[low:high]
-            check_actions(actions, self.layout.num_actions, where=f"{self.path}, record {record}")
+            if check:
+                check_actions(actions, self.layout.num_actions, where=f"{self.path}, record {record}")
             taken = slice(done, done + high - low)
             actions_N[taken] = actions
             if rewards_N is not None:
-                rewards_N[taken] = np.frombuffer(raw, "<f4", group_count, _GROUP_HEADER.size + 2 * group_count)[low:high]
+                rewards_offset = _GROUP_HEADER.size + 2 * group_count
+                rewards_N[taken] = np.frombuffer(raw, "<f4", group_count, rewards_offset)[low:high]
             if items_ND is not None:
                 self._decode(raw, record, codec, scan, offset, low, items_ND[taken])
             done += high - low
@@ -794,8 +812,8 @@ def layout_of(manifest: Mapping[str, Any]) -> RecordLayout:
 class EpisodeSet:
     """One split of a data set: random access to episodes and to windows of T consecutive frames.
 
-    Windows are numbered 0 .. num_windows(T) - 1 over all episodes of at least T frames, every start once: drawing numbers
-    uniformly draws windows uniformly.
+    Windows are numbered 0 .. num_windows(T) - 1 over all episodes of at least T frames, every start once: drawing
+    numbers uniformly draws windows uniformly.
 
     Args:
         data_dir: folder of the data set.
@@ -938,7 +956,8 @@ class EpisodeSet:
         count = int(self.frames_E[episode]) - start if count is None else count
         if start < 0 or count < 1 or start + count > self.frames_E[episode]:
             raise DataError(
-                f"frames [{start}, {start + count}) of episode {episode}, which has {int(self.frames_E[episode])} frames"
+                f"frames [{start}, {start + count}) of episode {episode}, which has {int(self.frames_E[episode])} "
+                "frames"
             )
         items = np.empty((count, *self.item_shape), self.layout.dtype) if with_items else None
         actions, rewards = np.empty(count, np.int32), np.empty(count, np.float32)
@@ -966,15 +985,20 @@ class EpisodeSet:
         batch = len(windows)
         items_BTD = np.empty((batch, seq_len, *self.item_shape), self.layout.dtype) if with_items else None
         actions_BT = np.empty((batch, seq_len), np.int32)
-        for row, window in enumerate(windows):
-            episode, start = self.locate(int(window), seq_len)
+        spans = [self.locate(int(window), seq_len) for window in windows]
+        for row, (episode, start) in enumerate(spans):
             self.files[self._file_E[episode]].read_span(
                 int(self._in_file_E[episode]),
                 start,
                 seq_len,
                 items_ND=None if items_BTD is None else items_BTD[row],
                 actions_N=actions_BT[row],
+                check=False,
             )
+        if batch and not UNKNOWN_ACTION <= actions_BT.min() <= actions_BT.max() < self.num_actions:
+            for row, (episode, start) in enumerate(spans):  # Read again with the check that names the record.
+                file = self.files[self._file_E[episode]]
+                file.read_span(int(self._in_file_E[episode]), start, seq_len, items_ND=None, actions_N=actions_BT[row])
         return items_BTD, actions_BT
 
     def fixed_window_ids(self, count: int, seq_len: int, seed: int = 0) -> np.ndarray:
@@ -1016,7 +1040,7 @@ def open_dataset(data_dir: str | Path, split: str = "train") -> EpisodeSet:
     return EpisodeSet(data_dir, split)
 
 
-# --------------------------------------------------------------------------------------------------------------- validation
+# ----------------------------------------------------------------------------------------------------------- validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1031,8 +1055,8 @@ class Problem:
 def find_problems(data_dir: str | Path, splits: Sequence[str] | None = None) -> list[Problem]:
     """Read every byte of a data set and decode every record.
 
-    Checks file digests, every group, every action, every episode's content digest, the index against the manifest, and that
-    level ranges of splits do not overlap.
+    Checks file digests, every group, every action, every episode's content digest, the index against the manifest, and
+    that level ranges of splits do not overlap.
 
     Args:
         data_dir: folder of the data set.
@@ -1062,7 +1086,9 @@ def find_problems(data_dir: str | Path, splits: Sequence[str] | None = None) -> 
             ):
                 if start < other_stop and other_start < stop:
                     problems.append(
-                        Problem(MANIFEST_NAME, None, f"levels [{start}, {stop}) of {split!r} overlap those of {other!r}")
+                        Problem(
+                            MANIFEST_NAME, None, f"levels [{start}, {stop}) of {split!r} overlap those of {other!r}"
+                        )
                     )
     return problems
 
@@ -1102,6 +1128,8 @@ def _problems_of_file(path: Path, layout: RecordLayout, kind: str, entry: Mappin
             fault = f"{path}, episode {episode}: content does not have the digest that the file's index gives"
             problems.append(Problem(entry["name"], first_record, fault))
     if content_digest(file.index.digests) != entry["content_sha256"]:
-        problems.append(Problem(entry["name"], file.num_groups, "the index does not have the manifest's content digest"))
+        problems.append(
+            Problem(entry["name"], file.num_groups, "the index does not have the manifest's content digest")
+        )
     file.close()
     return problems
