@@ -172,7 +172,7 @@ def build_quantizer(config: QuantizerConfig, *, rngs: nnx.Rngs) -> Quantizer:
 
 
 def kmeans(points_SL: Array, centres: int, *, key: Array, iterations: int = 20) -> Array:
-    """Lloyd's algorithm; an empty cluster restarts at a random point.
+    """Lloyd's algorithm; an empty cluster restarts at a point drawn in proportion to its squared error.
 
     Args:
         points_SL: float32 points.
@@ -196,24 +196,29 @@ def kmeans(points_SL: Array, centres: int, *, key: Array, iterations: int = 20) 
 
 
 @jax.jit
-def _assign_sums(points_CSL: Array, centre_VL: Array) -> tuple[Array, Array]:
+def _assign(points_CSL: Array, centre_VL: Array) -> tuple[Array, Array, Array]:
+    """Sum and number of the points nearest to each centre, and every point's squared distance to its own."""
     half_norm_V = 0.5 * jnp.sum(centre_VL * centre_VL, axis=-1)
 
-    def one_chunk(points_SL: Array) -> tuple[Array, Array]:
-        nearest_S = jnp.argmax(points_SL @ centre_VL.T - half_norm_V, axis=-1)
+    def one_chunk(points_SL: Array) -> tuple[Array, Array, Array]:
+        score_SV = points_SL @ centre_VL.T - half_norm_V
+        nearest_S = jnp.argmax(score_SV, axis=-1)
         total_VL = jax.ops.segment_sum(points_SL, nearest_S, centre_VL.shape[0])
         number_V = jax.ops.segment_sum(jnp.ones_like(nearest_S, jnp.float32), nearest_S, centre_VL.shape[0])
-        return total_VL, number_V
+        return total_VL, number_V, jnp.sum(points_SL * points_SL, axis=-1) - 2.0 * jnp.max(score_SV, axis=-1)
 
-    totals, numbers = jax.lax.map(one_chunk, points_CSL)
-    return totals.sum(0), numbers.sum(0)
+    totals, numbers, distance2_CS = jax.lax.map(one_chunk, points_CSL)
+    return totals.sum(0), numbers.sum(0), distance2_CS.reshape(-1)
 
 
 def _lloyd(points_CSL: Array, centre_VL: Array, key: Array, iterations: int) -> Array:
     flat_SL = points_CSL.reshape(-1, points_CSL.shape[-1])
     for step in range(iterations):
-        total_VL, number_V = _assign_sums(points_CSL, centre_VL)
-        pick_V = jax.random.randint(jax.random.fold_in(key, step + 2), number_V.shape, 0, flat_SL.shape[0])
+        total_VL, number_V, distance2_S = _assign(points_CSL, centre_VL)
+        # Game frames are mostly background: random restarts would land there again and again. Drawing in proportion to
+        # the squared error (as k-means++ does) puts centres where they reduce it. Gumbel top-k draws without replacement.
+        noise_S = jax.random.gumbel(jax.random.fold_in(key, step + 2), distance2_S.shape)
+        _, pick_V = jax.lax.top_k(jnp.log(jnp.maximum(distance2_S, 1e-12)) + noise_S, number_V.shape[0])
         mean_VL = total_VL / jnp.maximum(number_V, 1.0)[:, None]
         centre_VL = jnp.where((number_V > 0)[:, None], mean_VL, flat_SL[pick_V])
     return centre_VL
