@@ -623,7 +623,7 @@ class RecordFile:
         # One record a call: the reader hands a range to its thread pool, costing more than it saves.
         try:
             return self._reader.read(record, record + 1)[0]
-        except Exception as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             raise DataError(f"{self.path}, record {record}: damaged ({error}): restore the file") from error
 
     def _read_index(self) -> _FileIndex:
@@ -770,7 +770,8 @@ class RecordFile:
         """
         group_frames = self.layout.group_frames
         num_frames = int(self.index.frames_E[episode])
-        assert start >= 0 and count > 0 and start + count <= num_frames
+        assert start >= 0
+        assert 0 < count <= num_frames - start
         first_group, last_group = start // group_frames, (start + count - 1) // group_frames
         first_record = int(self.index.first_record_E[episode])
         done = 0
