@@ -1,0 +1,63 @@
+# Type `make` for the list of commands. Each sets up .venv by itself when it is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+PY := $(VENV)/bin/python
+EXTRAS := lm,dev
+# The stamp carries the hash of the pins (pyproject.toml above its first [tool.*] table), the extras and this recipe: other
+# edits, a new checkout or a touched file install nothing.
+PINS := $(shell { sed '/^\[tool\./,$$d' pyproject.toml; echo '$(EXTRAS)'; } | sha256sum | cut -c1-16)
+STAMP := $(VENV)/.pins-$(PINS)
+# Two processes of one thread each: the tests are small, and more threads only fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+export PYTHON PIP_FLAGS GPU
+
+.PHONY: help
+help:  ## this list
+	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP):
+	@scripts/setup.sh $(VENV) $(EXTRAS)
+	@rm -f $(VENV)/.pins-* && touch $@
+
+.PHONY: setup
+setup: $(STAMP)  ## make .venv, once and again only when the pins change (PYTHON=, PIP_FLAGS=, GPU=0|1)
+
+.PHONY: demo
+demo: $(STAMP)  ## train a small model on the standard library's text, export it, score the artifact, plot (CPU, minutes)
+	$(PY) scripts/demo.py $(ARGS)
+
+.PHONY: test
+test: $(STAMP)  ## all tests but the slow ones and those that need a GPU (ARGS='-k name')
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(STAMP)  ## the slow tests
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP)  ## ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+.PHONY: bundle
+bundle: $(STAMP)  ## dist/jepa_mamba/: one train_gpt.py and its papers (PRESET=seed_bpe, RUNS='runs/a runs/b')
+	$(PY) scripts/bundle.py $(if $(PRESET),--preset $(PRESET)) $(if $(RUNS),--runs $(RUNS)) $(ARGS)
+
+.PHONY: verify-artifact-size
+verify-artifact-size: $(STAMP)  ## code + weights against 16,000,000 bytes, by tensor group (ARTIFACT=file, PRESET=seed_bpe)
+	$(PY) scripts/verify_artifact_size.py $(if $(PRESET),--preset $(PRESET)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) $(ARGS)
+
+.PHONY: readme
+readme: $(STAMP)  ## write the generated tables of README.md anew (RUNS=runs/demo adds a run)
+	$(PY) scripts/readme_tables.py $(if $(RUNS),--runs $(RUNS)) $(ARGS)
+
+.PHONY: clean
+clean:  ## remove .venv, dist and caches (runs/ and data/ stay)
+	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

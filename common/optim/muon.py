@@ -1,0 +1,189 @@
+"""Muon: momentum whose matrices are orthogonalised before they are applied, shared among the ranks.
+
+Letters: B matrices of one shape, M rows, N columns, S the shorter side, L the longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Quintic of Jordan 2024: it drives singular values in (0, 1] into about [0.7, 1.2], steepest at 0.
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz_torch(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly: U V^T of G = U S V^T with singular values in about [0.7, 1.2].
+
+    Source: Jordan et al. 2024, "Muon"; Bernstein and Newhouse 2024. X <- a X + (b X X^T + c (X X^T)^2) X with X of Frobenius
+    norm 1 at first, on the side where X X^T is the smaller.
+
+    Args:
+        G_BMN: matrices of one shape; a single (M, N) is allowed.
+        steps: iterations, >= 0.
+        dtype: of the products; None for bfloat16 on CUDA and the dtype of G elsewhere.
+    Returns:
+        the same shape, in the dtype of G. A zero matrix stays zero.
+    Raises:
+        ValueError: fewer than two dimensions or negative steps.
+
+    Numerics: the norm is taken in float32 at least; the iteration amplifies rounding of the smallest singular values only.
+    """
+    if G_BMN.dim() not in (2, 3) or steps < 0:
+        raise ValueError(f"newton_schulz: G is {tuple(G_BMN.shape)} and steps {steps}; expected (B,M,N) and steps >= 0")
+    if G_BMN.dim() == 2:
+        return newton_schulz_torch(G_BMN[None], steps, dtype=dtype)[0]
+    if dtype is None:
+        dtype = torch.bfloat16 if G_BMN.is_cuda else G_BMN.dtype
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    wide = G_BMN if G_BMN.dtype == torch.float64 else G_BMN.float()
+    X_BSL = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    tall = X_BSL.shape[1] > X_BSL.shape[2]
+    if tall:
+        X_BSL = X_BSL.mT.contiguous()
+    for _ in range(steps):
+        gram_BSS = torch.bmm(X_BSL, X_BSL.mT)
+        mix_BSS = torch.baddbmm(gram_BSS, gram_BSS, gram_BSS, beta=b, alpha=c)
+        X_BSL = torch.baddbmm(X_BSL, mix_BSS, X_BSL, beta=a)
+    return (X_BSL.mT if tall else X_BSL).to(G_BMN.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz, for matrices.
+
+    Source: Jordan et al. 2024, "Muon"; optional row normalisation and row blocks as in the seed recipe and FACTS. Ours batches
+    matrices of one shape in one product, and every rank orthogonalises its share of them: the results are exchanged by one
+    all-gather, so parameters and momentum stay equal on all ranks, and a state dict saved by one restores any.
+
+    Per matrix: m <- momentum * m + g;  u = g + momentum * m (Nesterov) or m;  o = newton_schulz(u), block by block of
+    `row_splits`;  p <- p * (1 - lr * weight_decay) - lr * max(1, rows/columns)^0.5 * o, rows and columns those of the block.
+
+    Args (each also a key of a parameter group):
+        params: 2-D parameters or groups of them, equal and in equal order on all ranks; gradients must already be averaged.
+        lr: learning rate, a change of the entries' scale per step, >= 0.
+        momentum: in [0, 1).
+        nesterov: look one step ahead.
+        steps: Newton-Schulz iterations, >= 0.
+        weight_decay: decoupled decay, times lr, >= 0.
+        row_splits: row counts of blocks that are orthogonalised apart (as z, x, B, C, dt of an in-projection); they sum up to
+            the rows of every matrix of the group. None for whole matrices.
+        normalize_rows: divide each row of the momentum's result by its root mean square before Newton-Schulz.
+        dtype: of the Newton-Schulz products; None as in `newton_schulz_torch`. Not a group key.
+    Raises:
+        ValueError: an option out of range, a parameter that is not a matrix, or row_splits that do not add up.
+
+    Numerics: momentum and parameters keep the dtype of the parameter (meant to be float32). State: `momentum`, one tensor a
+    parameter. A parameter without gradient is not touched; it must lack one on all ranks.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        steps: int = 5,
+        weight_decay: float = 0.0,
+        row_splits: tuple[int, ...] | None = None,
+        normalize_rows: bool = False,
+        dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "steps": steps,
+            "weight_decay": weight_decay,
+            "row_splits": row_splits,
+            "normalize_rows": normalize_rows,
+        }
+        self._dtype = dtype
+        self._process_group = process_group
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group after checking its options and shapes (torch.optim.Optimizer calls this for every group)."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not (group["lr"] >= 0 and 0 <= group["momentum"] < 1 and group["steps"] >= 0 and group["weight_decay"] >= 0):
+            options = {key: group[key] for key in ("lr", "momentum", "steps", "weight_decay")}
+            raise ValueError(f"Muon: {options}; expected lr, steps, weight_decay >= 0 and momentum in [0, 1)")
+        for p in group["params"]:
+            if p.dim() != 2:
+                raise ValueError(f"Muon: a parameter of shape {tuple(p.shape)}; expected matrices, give the rest to AdamW")
+            splits = group["row_splits"]
+            if splits is not None and (sum(splits) != p.shape[0] or min(splits) < 1):
+                raise ValueError(f"Muon: row_splits {tuple(splits)} for {p.shape[0]} rows; expected positive counts of that sum")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: recomputes and returns the loss, or None.
+        Returns:
+            the closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Blocks of one shape and number of iterations are one batch, across groups.
+        batches: dict[tuple, list[tuple[Tensor, Tensor, float]]] = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            buffers = []
+            for p in params:
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                buffers.append(state["momentum"])
+            grads = [p.grad for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            updates = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+            for p, update in zip(params, updates, strict=True):
+                splits = group["row_splits"] or (p.shape[0],)
+                for target, block in zip(p.split(splits), update.split(splits), strict=True):
+                    key = (tuple(block.shape), group["steps"], group["normalize_rows"], p.dtype, p.device)
+                    batches.setdefault(key, []).append((target, block, group["lr"]))
+        self._apply(batches)
+        return loss
+
+    def _apply(self, batches: dict[tuple, list[tuple[Tensor, Tensor, float]]]) -> None:
+        """Orthogonalise this rank's share of every batch, exchange the shares and take the step."""
+        ranks, rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            ranks, rank = dist.get_world_size(self._process_group), dist.get_rank(self._process_group)
+        for (shape, steps, normalize_rows, _, _), entries in batches.items():
+            share = -(-len(entries) // ranks)
+            own = entries[rank * share : (rank + 1) * share]
+            done = None
+            if own:
+                block_BMN = torch.stack([block for _, block, _ in own])
+                if normalize_rows:
+                    block_BMN = block_BMN * torch.rsqrt(block_BMN.square().mean(dim=2, keepdim=True) + 1e-20)
+                done = newton_schulz_torch(block_BMN, steps, dtype=self._dtype)
+            if ranks > 1:
+                done = self._gather(done, share, shape, entries[0][1], ranks)
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            for (target, _, lr), update in zip(entries, done, strict=False):
+                target.add_(update, alpha=-lr * scale)
+
+    def _gather(self, done: Tensor | None, share: int, shape: tuple[int, int], like: Tensor, ranks: int) -> Tensor:
+        """Concatenate the shares of all ranks, of which the last ones may be short or empty."""
+        own = like.new_zeros(share, *shape)
+        if done is not None:
+            own[: done.shape[0]] = done
+        every = like.new_empty(ranks * share, *shape)
+        dist.all_gather_into_tensor(every, own, group=self._process_group)
+        return every

@@ -1,0 +1,26 @@
+"""Newton-Schulz orthogonalisation of one matrix in float64: the definition that every backend is held to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def newton_schulz_reference(G_MN: np.ndarray, steps: int) -> np.ndarray:
+    """`steps` iterations X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|, which act on singular values alone.
+
+    Source: Jordan et al. 2024, "Muon". Written on the singular values: s <- a s + b s^3 + c s^5.
+
+    Args:
+        G_MN: a matrix.
+        steps: iterations, >= 0.
+    Returns:
+        (M, N), float64; zero for a zero matrix.
+
+    Numerics: float64 through a singular value decomposition.
+    """
+    G_MN = np.asarray(G_MN, np.float64)
+    U, s, Vt = np.linalg.svd(G_MN, full_matrices=False)
+    s = s / (np.linalg.norm(s) + 1e-7)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (U * s) @ Vt

@@ -1,0 +1,2162 @@
+"""JEPA + Mamba-2 language model: train, export and score one parameter-golf entry.
+
+    torchrun --standalone --nproc_per_node=8 submissions/jepa_mamba/train_gpt.py      # the published configuration
+    python submissions/jepa_mamba/train_gpt.py --preset demo --data_path data/stdlib  # two CPU cores, minutes
+    python submissions/jepa_mamba/train_gpt.py --score model.artifact --val 'data/stdlib/*_val_*.bin'
+
+Tokens -> embedding -> [Mamba-2 or attention + feed-forward] x L with U-Net skips -> h -> tied head -> cross-entropy.
+Training only: h -> projector -> z; a predictor rolls z forward (JEPA, mean squared error) while SIGReg keeps z Gaussian
+(LeWorldModel, Maes et al. 2026). Neither enters the artifact.
+
+How the parts fit together:
+  * Optimizers move float32 *masters*. The model holds *compute weights*: the masters after the quantizer, in the
+    compute dtype. `Masters.publish` writes them once a step, so training, validation and export see one and the same
+    grid.
+  * Everything random is a function of (seed, step): a checkpoint needs no generator state, a resumed run is the run.
+  * The clock counts every second that can teach the model: steps, moving averages, temperature search.
+  * A score is a result only if it was read back from the artifact on disk (`summary.json`: val_bpb).
+
+Letters of shape suffixes: B batch, T time, D model dim, E embedding dim, V vocabulary, N = B*T rows, H heads, P head
+dim, G state groups, S remembered tokens, U = S + T, C convolution channels, I inner width, M projections, K top k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import difflib
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.artifact.budget import CHALLENGE_BUDGET_BYTES, SizeReport, check_budget, format_size_table
+from common.artifact.container import load_artifact, save_artifact
+from common.causal_conv1d.package_impl import causal_conv1d_package
+from common.causal_conv1d.torch_impl import causal_conv1d_torch
+from common.errors import CheckpointError, ConfigError, GolfError, ShardError, TokenizerError
+from common.optim.muon import Muon
+from common.quant.grid import GridSpec, QuantizedTensor
+from common.quant.torch_impl import fake_quantize_torch, quantize_torch
+from common.sigreg.torch_impl import sigreg_floor, sigreg_torch
+from common.softcap_xent.torch_impl import softcap_nll_torch, softcap_torch, softcap_xent_torch
+from common.ssd.mamba_ssm_impl import ssd_scan_mamba_ssm
+from common.ssd.torch_impl import ssd_scan_torch
+from common.text.bpb import ByteTable, bits_per_byte, byte_table, token_bytes
+from common.text.loader import TokenLoader
+from common.text.shards import list_shards, open_shard
+from common.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer
+
+# `scripts/bundle.py` writes the chosen preset here, so that the single file needs no preset folder.
+BUNDLED_PRESET: dict[str, Any] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, doc: str, choices: tuple[Any, ...] | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of a run, set by preset < environment (upper case) < flag; defaults are the published BPE run."""
+
+    # Run
+    run_id: str = option("", "name of the run folder; empty: PRESET-seedSEED")
+    runs_dir: str = option("runs", "folder that holds run folders")
+    seed: int = option(42, "seed of initialisation, data order and every random draw")
+    device: str = option("auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
+    kernels: str = option(
+        "auto", "scan and convolution: auto takes mamba_ssm on CUDA if installed", ("auto", "torch", "mamba_ssm")
+    )
+    compile_model: bool = option(False, "torch.compile the loss; the warmup steps pay for compilation")
+    budget_bytes: int = option(CHALLENGE_BUDGET_BYTES, "code + artifact may not exceed this; 0: no limit")
+    # Data
+    tokenizer: str = option("bpe", "byte: 256 byte values; bpe: a SentencePiece model", ("byte", "bpe"))
+    tokenizer_path: str = option("", "SentencePiece model; empty: DATA_PATH/tokenizer.model")
+    data_path: str = option("./data/datasets/fineweb10B_sp8192", "folder of *_train_*.bin and *_val_*.bin shards")
+    vocab_size: int = option(8192, "rows of the embedding; the tokenizer may not have more")
+    # Backbone
+    model_dim: int = option(640, "width of the residual stream")
+    num_layers: int = option(10, "blocks; the first half feeds U-Net skips to the second")
+    d_state: int = option(64, "state dimension of the scan")
+    d_conv: int = option(4, "taps of the causal convolution")
+    expand: int = option(1, "inner width of the scan over model_dim")
+    headdim: int = option(64, "channels that share one decay in the scan")
+    ngroups: int = option(1, "groups of B and C")
+    chunk_size: int = option(64, "tokens a chunk of the scan (speed only)")
+    a_init_min: float = option(1.0, "decay rates start uniform in (a_init_min, a_init_max)")
+    a_init_max: float = option(16.0, "see a_init_min")
+    dt_init_min: float = option(0.001, "step sizes start log-uniform in (dt_init_min, dt_init_max)")
+    dt_init_max: float = option(0.1, "see dt_init_min")
+    attn_layers: str = option("", "comma-separated blocks whose mixer is causal attention instead of the scan")
+    attn_headdim: int = option(64, "head dimension of attention layers")
+    attn_window: int = option(0, "tokens an attention layer sees; 0: train_seq_len")
+    mlp_mult: int = option(4, "feed-forward width over model_dim; 0: no feed-forward")
+    mlp_every: int = option(2, "every n-th block has a feed-forward, from block 0")
+    activation: str = option("relu2", "feed-forward activation", ("relu2", "leaky_relu2", "swiglu"))
+    unet_skips: bool = option(True, "second half of the blocks adds weighted outputs of the first half")
+    x0_mix: bool = option(True, "each block mixes the embedding back into its input")
+    document_reset: bool = option(False, "state and attention restart at every document")
+    # Embedding and head
+    embed_dim: int = option(336, "width of the factored embedding; 0: model_dim")
+    embed_init_std: float = option(0.02, "standard deviation of the initial embedding")
+    tie_embeddings: int = option(
+        1, "0 own head; 1 tied; 2 tied + learned correction; 3 tied + GELU adapter", (0, 1, 2, 3)
+    )
+    vocab_bias: bool = option(True, "learned bias per token")
+    logit_softcap: float = option(15.0, "logits stay within +-this; 0: off")
+    softcap_type: str = option("poly", "poly: degree-5 approximation of tanh", ("poly", "tanh"))
+    # Objectives
+    ce_weight: float = option(1.0, "weight of cross-entropy + z-loss")
+    z_loss: float = option(1e-4, "weight of the mean squared log-partition")
+    jepa_weight: float = option(1.0, "weight of latent prediction; 0 with sigreg_lambda 0 removes its modules")
+    jepa_steps: int = option(3, "latent rollout length")
+    projector_type: str = option("linear", "h -> z", ("linear", "mlp"))
+    predictor_hidden_mult: int = option(4, "hidden width of the predictor over model_dim")
+    detach_targets: bool = option(False, "stop the gradient at the predicted z")
+    sigreg_lambda: float = option(1.0, "weight of SIGReg")
+    sigreg_mode: str = option("timestep", "statistic per position or over all positions", ("timestep", "pooled"))
+    sigreg_timesteps: int = option(64, "positions drawn a step for SIGReg; 0: all")
+    sigreg_knots: int = option(17, "quadrature knots of SIGReg")
+    sigreg_num_proj: int = option(0, "random projections of SIGReg; 0: twice the embedding width")
+    sigreg_schedule: bool = option(False, "ramp sigreg_lambda from 0 over the first 30% of the run")
+    # Training
+    train_seq_len: int = option(1024, "tokens a training window")
+    train_batch_tokens: int = option(524288, "tokens a step over all ranks")
+    micro_batch_tokens: int = option(65536, "tokens a forward pass of one rank at most")
+    iterations: int = option(100000, "steps at most")
+    max_wallclock_seconds: float = option(600.0, "training seconds at most, counting all that learns; 0: no limit")
+    warmup_steps: int = option(10, "steps that compile and warm caches; all state is then restored bit for bit")
+    lr_warmup_steps: int = option(0, "steps of linear learning-rate warmup")
+    warmdown_fraction: float = option(0.15, "last fraction of the run over which the learning rate falls to 0")
+    warmdown_by: str = option(
+        "auto", "progress by steps or wall clock; auto: wall clock if it is limited", ("auto", "steps", "time")
+    )
+    # Optimizers
+    matrix_lr: float = option(0.02, "Muon, matrices")
+    scalar_lr: float = option(0.01, "AdamW, vectors and convolution")
+    embed_lr: float = option(0.01, "AdamW, embedding")
+    muon_momentum: float = option(0.95, "Muon momentum after its warmup")
+    muon_momentum_warmup_start: float = option(0.85, "Muon momentum at step 0")
+    muon_momentum_warmup_steps: int = option(500, "steps of momentum warmup")
+    muon_backend_steps: int = option(3, "Newton-Schulz iterations")
+    muon_split_in_proj: bool = option(False, "orthogonalise the z, x, B, C, dt rows of in_proj apart")
+    muon_wd: float = option(0.04, "decoupled weight decay of matrices")
+    adam_wd: float = option(0.05, "decoupled weight decay of the embedding; vectors have none")
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.95, "AdamW")
+    adam_eps: float = option(1e-8, "AdamW")
+    grad_clip_norm: float = option(1.0, "global gradient norm at most; 0: off")
+    ema_decay: float = option(0.0, "moving average of the weights, which then ships; 0: off")
+    ema_start_fraction: float = option(0.5, "fraction of the run after which averaging starts")
+    # Quantization
+    quant_bits: int = option(4, "bits of large matrices", (4, 5, 6, 8))
+    quant_clip: float = option(0.0, "largest code at this many standard deviations of the row; 0: at its maximum")
+    fp_storage: str = option("FP8", "storage of the embedding", ("FP8", "INT8", "BF16"))
+    qat_fraction: float = option(1.0, "last fraction of the run that trains on the quantized grid")
+    # Validation and scoring
+    val_loss_every: int = option(5000, "steps between validations of the weights that would ship; 0: only at the end")
+    val_max_tokens: int = option(0, "tokens of a periodic validation; 0: all. Final scores always cover all")
+    val_batch_size: int = option(65536, "tokens a forward pass of scoring, per rank")
+    eval_modes: str = option("standard", "comma-separated: standard, sliding, carried; the first gives val_bpb")
+    eval_seq_len: int = option(0, "tokens a scoring window; 0: train_seq_len")
+    sliding_eval_stride: int = option(16, "tokens scored a sliding window")
+    eval_lanes: int = option(8, "documents scored side by side in carried mode (needs document_reset)")
+    temp_scaling: bool = option(True, "search a softmax temperature on training text, inside the clock")
+    temp_calib_tokens: int = option(65536, "training tokens of the temperature search")
+    jepa_diagnostics: bool = option(True, "measure the latent space at the end")
+    # Logs and checkpoints
+    train_log_every: int = option(100, "steps between log lines")
+    checkpoint_every: int = option(0, "steps between checkpoints; 0: none")
+    checkpoint_keep: int = option(2, "checkpoints kept")
+
+    def attention_blocks(self) -> frozenset[int]:
+        return frozenset(int(i) for i in self.attn_layers.split(",") if i.strip())
+
+    def modes(self) -> list[str]:
+        return [mode.strip() for mode in self.eval_modes.split(",") if mode.strip()]
+
+    @property
+    def jepa_on(self) -> bool:
+        return self.jepa_weight > 0 or self.sigreg_lambda > 0
+
+    @property
+    def effective_embed_dim(self) -> int:
+        return self.embed_dim or self.model_dim
+
+    @property
+    def window(self) -> int:
+        return self.attn_window or self.train_seq_len
+
+
+# What the model of an artifact is: everything else is about how it was trained.
+MODEL_FIELDS = (
+    *("vocab_size", "model_dim", "num_layers", "d_state", "d_conv", "expand", "headdim", "ngroups", "attn_layers"),
+    *("attn_headdim", "attn_window", "mlp_mult", "mlp_every", "activation", "unet_skips", "x0_mix", "document_reset"),
+    *("embed_dim", "tie_embeddings", "vocab_bias", "logit_softcap", "softcap_type", "train_seq_len"),
+)
+SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride")
+# What may differ between a run and its resumption.
+RESUME_FREE_FIELDS = frozenset(
+    {
+        *("runs_dir", "device", "kernels", "compile_model", "data_path", "tokenizer_path", "micro_batch_tokens"),
+        *("val_batch_size", "train_log_every", "checkpoint_every", "checkpoint_keep", "eval_lanes", "warmup_steps"),
+    }
+)
+EVAL_MODES = ("standard", "sliding", "carried")
+PRESETS_FOLDER = "presets"
+
+
+def parse_value(name: str, text: str, origin: str) -> Any:
+    """Text of a flag or variable -> value of the option's type. Raises ConfigError."""
+    kind = type(next(f for f in fields(Config) if f.name == name).default)
+    if kind is bool:
+        lowered = text.strip().lower()
+        if lowered in ("1", "true", "yes", "on"):
+            return True
+        if lowered in ("0", "false", "no", "off"):
+            return False
+        raise ConfigError(f"{origin}: {name} is {text!r}; it is a switch: give 1 or 0")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{origin}: {name} is {text!r}; give {'an integer' if kind is int else 'a number'}") from None
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def read_preset(path: str) -> dict[str, Any]:
+    """Options of a preset file: a Python file whose one statement after the docstring is `PRESET = {literals}`.
+
+    Read as a literal, never executed. Raises ConfigError.
+    """
+    file = Path(path)
+    if not file.suffix:  # a bare name means a file of ours
+        file = Path(__file__).resolve().parent / PRESETS_FOLDER / f"{path}.py"
+    if not file.is_file():
+        known = sorted(p.stem for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise ConfigError(f"preset {path}: {file} does not exist; presets here: {', '.join(known) or 'none'}")
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        values = next(
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PRESET"
+        )
+    except (SyntaxError, ValueError, StopIteration) as error:
+        raise ConfigError(f"preset {file}: expected one `PRESET = {{...}}` of literals ({error})") from None
+    known = [f.name for f in fields(Config)]
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"preset {file}: unknown option {name!r}{nearest(name, known)}")
+        values[name] = parse_value(name, str(value), f"preset {file}")
+    return values
+
+
+def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Options set by upper-case environment variables. A near miss of an option's name is an error (ConfigError)."""
+    known = [f.name for f in fields(Config)]
+    upper = {name.upper(): name for name in known}
+    ignored = {name.strip() for name in environ.get("GOLF_IGNORE_ENV", "").split(",")}
+    values = {}
+    for variable, text in environ.items():
+        if variable in upper:
+            values[upper[variable]] = parse_value(upper[variable], text, f"environment variable {variable}")
+        elif variable not in ignored and variable.isupper():
+            match = difflib.get_close_matches(variable, list(upper), n=1, cutoff=0.88)
+            if match:
+                raise ConfigError(
+                    f"environment variable {variable}={text!r} is not an option but looks like {match[0]}; rename or "
+                    f"unset it, or, if it is none of ours, set GOLF_IGNORE_ENV={variable}"
+                )
+    return values
+
+
+def check_config(config: Config) -> None:
+    """Refuse contradictions before anything is built. Raises ConfigError naming option, value and rule."""
+    for f in fields(Config):
+        choices = f.metadata["choices"]
+        value = getattr(config, f.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
+            raise ConfigError(f"{f.name} is {value}; it must be finite and not negative")
+    rules = [
+        ((config.expand * config.model_dim) % config.headdim == 0, "headdim must divide expand * model_dim"),
+        (config.headdim > 0 and config.model_dim > 0 and config.num_layers > 0, "sizes must be positive"),
+        (
+            config.train_seq_len > 0 and config.d_conv > 1 and config.ngroups > 0,
+            "train_seq_len, ngroups > 0; d_conv > 1",
+        ),
+        (config.train_batch_tokens % config.train_seq_len == 0, "train_seq_len must divide train_batch_tokens"),
+        (
+            not config.attention_blocks() or config.model_dim % config.attn_headdim == 0,
+            "attn_headdim must divide model_dim",
+        ),
+        (all(i < config.num_layers for i in config.attention_blocks()), "attn_layers must lie below num_layers"),
+        (config.tokenizer != "byte" or config.vocab_size == 256, "byte mode has a vocabulary of 256"),
+        (config.ce_weight > 0 or config.jepa_on, "at least one objective must have weight"),
+        (config.jepa_weight == 0 or 0 < config.jepa_steps < config.train_seq_len, "0 < jepa_steps < train_seq_len"),
+        (config.iterations > 0, "iterations must be positive"),
+        (
+            config.warmdown_by != "time" or config.max_wallclock_seconds > 0,
+            "warmdown_by=time needs max_wallclock_seconds",
+        ),
+        (0 <= config.warmdown_fraction <= 1 and 0 <= config.qat_fraction <= 1, "fractions lie in [0, 1]"),
+        (bool(config.modes()) and all(m in EVAL_MODES for m in config.modes()), f"eval_modes are of {EVAL_MODES}"),
+        (config.tie_embeddings in (0, 3) or config.effective_embed_dim > 0, "embed_dim must be positive"),
+        (config.a_init_max > config.a_init_min > 0 and config.dt_init_max > config.dt_init_min > 0, "init ranges"),
+    ]
+    for holds, rule in rules:
+        if not holds:
+            raise ConfigError(f"contradictory options: {rule}")
+
+
+class Command(NamedTuple):
+    """What the command line asks for."""
+
+    config: Config
+    preset: str
+    overwrite: bool
+    score: str
+    generate: str
+    val: str
+    prompt: str
+    tokens: int
+    given: frozenset[str]  # options set by preset, environment or flag
+
+
+def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
+    """Command line + environment -> Command. Raises ConfigError; `--help` prints every option and exits."""
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        epilog="Every option can also be set by an environment variable of the same name in upper case.",
+    )
+    action = parser.add_argument_group("what to do (default: train, export, score)")
+    action.add_argument("--preset", default=environ.get("PRESET", ""), help="name in presets/ or path of a preset file")
+    overwrite = "start over where the run folder is finished or of another configuration; unfinished runs still resume"
+    action.add_argument("--overwrite", action="store_true", help=overwrite)
+    action.add_argument("--score", default="", metavar="ARTIFACT", help="score an artifact and print one JSON object")
+    action.add_argument("--val", default="", metavar="GLOB", help="validation shards for --score")
+    action.add_argument(
+        "--generate", default="", metavar="ARTIFACT", help="continue --prompt with the artifact's model"
+    )
+    action.add_argument("--prompt", default="", help="text that --generate continues")
+    action.add_argument("--tokens", type=int, default=200, help="tokens that --generate writes")
+    options = parser.add_argument_group("options")
+    known = [f.name for f in fields(Config)]
+    for f in fields(Config):
+        choices = f.metadata["choices"]
+        choice = f" [{', '.join(map(str, choices))}]" if choices else ""
+        doc = f"{f.metadata['doc']}{choice} (default {f.default!r})".replace("%", "%%")
+        options.add_argument(f"--{f.name}", metavar=type(f.default).__name__.upper(), default=None, help=doc)
+    arguments, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-")
+        known += ["preset", "overwrite", "score", "val", "generate", "prompt", "tokens"]
+        raise ConfigError(
+            f"unknown argument {unknown[0]!r}{nearest(name, [f'--{k}' for k in known])} (--help lists all)"
+        )
+
+    values = dict(BUNDLED_PRESET or {})
+    preset = arguments.preset or ("bundled" if BUNDLED_PRESET else "")
+    if arguments.preset:
+        values.update(read_preset(arguments.preset))
+    values.update(environment_options(environ))
+    for f in fields(Config):
+        text = getattr(arguments, f.name)
+        if text is not None:
+            values[f.name] = parse_value(f.name, text, f"flag --{f.name}")
+    config = replace(Config(), **values)
+    if not config.run_id:
+        config = replace(config, run_id=f"{Path(preset).stem or 'seed_bpe'}-seed{config.seed}")
+    check_config(config)
+    return Command(
+        config,
+        preset,
+        arguments.overwrite,
+        arguments.score,
+        arguments.generate,
+        arguments.val,
+        arguments.prompt,
+        arguments.tokens,
+        frozenset(values),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Kernels(NamedTuple):
+    """The implementations that a run uses, chosen once and written to the log."""
+
+    ssd_scan: Callable[..., tuple[Tensor, Tensor]]
+    causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
+    name: str
+    reason: str
+
+
+def select_kernels(choice: str, device: torch.device) -> Kernels:
+    """`--kernels` -> implementations. Raises ConfigError when an explicit choice cannot be had."""
+    plain = (ssd_scan_torch, causal_conv1d_torch, "torch")
+    missing = [m for m in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(m) is None]
+    if choice == "torch":
+        return Kernels(*plain, reason="asked for")
+    if choice == "mamba_ssm" and (missing or device.type != "cuda"):
+        lacks = f"{', '.join(missing)} not installed" if missing else f"device is {device.type}, not cuda"
+        raise ConfigError(
+            f"--kernels mamba_ssm: {lacks}; install the `gpu` extra on a CUDA machine or use --kernels torch"
+        )
+    if choice == "auto" and device.type != "cuda":
+        return Kernels(*plain, reason=f"device is {device.type}")
+    if choice == "auto" and missing:
+        return Kernels(*plain, reason=f"{', '.join(missing)} not installed")
+    return Kernels(ssd_scan_mamba_ssm, causal_conv1d_package, "mamba_ssm", reason="CUDA device, packages installed")
+
+
+class LayerState(NamedTuple):
+    """What a mixer carries from window to window: convolution inputs and scan state, or keys and values."""
+
+    first: Tensor
+    second: Tensor
+
+
+class StreamState(NamedTuple):
+    """State of a whole model between two windows of one stream, with the document ids of the tokens it remembers."""
+
+    layers: tuple[LayerState, ...]
+    document_ids_BS: Tensor | None
+
+
+class Documents(NamedTuple):
+    """Document ids of a window and of the tokens remembered before it; ids never return within a stream."""
+
+    now_BT: Tensor
+    before_BS: Tensor | None
+
+    @property
+    def goes_on_B(self) -> Tensor | None:
+        """Does the window's first token belong to the document that the state ended in?"""
+        return None if self.before_BS is None else self.before_BS[:, -1] == self.now_BT[:, 0]
+
+
+def surviving(state: Tensor, documents: Documents | None) -> Tensor:
+    """Zero the rows of a recurrent state whose document has ended: a scan's initial state is the first token's."""
+    if documents is None or documents.goes_on_B is None:
+        return state
+    return state * documents.goes_on_B.view(-1, *[1] * (state.ndim - 1)).to(state.dtype)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer (Dao & Gu 2024): in_proj -> causal convolution -> selective scan -> gated RMSNorm -> out_proj."""
+
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        c = config
+        self.inner = c.expand * c.model_dim
+        self.heads = self.inner // c.headdim
+        self.headdim, self.ngroups, self.d_state, self.chunk_size = c.headdim, c.ngroups, c.d_state, c.chunk_size
+        self.kernels = kernels
+        channels = self.inner + 2 * c.ngroups * c.d_state
+        self.in_proj = nn.Linear(c.model_dim, self.inner + channels + self.heads, bias=False)
+        convolution = nn.Conv1d(channels, channels, c.d_conv, groups=channels)  # for its initialisation
+        self.conv_weight = nn.Parameter(convolution.weight.detach().squeeze(1).clone())
+        self.conv_bias = nn.Parameter(convolution.bias.detach().clone())  # pyright: ignore[reportOptionalMemberAccess]
+        low, high = math.log(c.dt_init_min), math.log(c.dt_init_max)
+        dt_H = torch.exp(torch.rand(self.heads) * (high - low) + low).clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))  # inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(c.a_init_min, c.a_init_max).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm_weight = nn.Parameter(torch.ones(self.inner))
+        self.out_proj = nn.Linear(self.inner, c.model_dim, bias=False)
+
+    def row_splits(self) -> tuple[int, ...]:
+        """Rows of in_proj by kind: z, x, B, C, dt."""
+        groups = self.ngroups * self.d_state
+        return (self.inner, self.inner, groups, groups, self.heads)
+
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        conv_BDS = like.new_zeros(batch, self.conv_weight.shape[0], self.conv_weight.shape[1] - 1)
+        scan_BHPN = torch.zeros(batch, self.heads, self.headdim, self.d_state, device=like.device)
+        return LayerState(conv_BDS, scan_BHPN)
+
+    def forward(
+        self, u_BTD: Tensor, documents: Documents | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        batch, time_, _ = u_BTD.shape
+        groups = self.ngroups * self.d_state
+        z_BTI, conv_BTC, dt_BTH = self.in_proj(u_BTD).split([self.inner, self.inner + 2 * groups, self.heads], dim=-1)
+        conv_BTC, conv_state_BCS = self.kernels.causal_conv1d(
+            conv_BTC,
+            self.conv_weight.to(u_BTD.dtype),
+            self.conv_bias.to(u_BTD.dtype),
+            initial_state_BDS=surviving(state.first, documents) if state else None,
+            document_ids_BT=documents.now_BT if documents else None,
+            activation="silu",
+        )
+        x_BTI, B_BTN, C_BTN = conv_BTC.split([self.inner, groups, groups], dim=-1)
+        y_BTHP, scan_state_BHPN = self.kernels.ssd_scan(
+            x_BTI.reshape(batch, time_, self.heads, self.headdim),
+            F.softplus(dt_BTH.float() + self.dt_bias),
+            -torch.exp(self.A_log.float()),
+            B_BTN.reshape(batch, time_, self.ngroups, self.d_state),
+            C_BTN.reshape(batch, time_, self.ngroups, self.d_state),
+            self.D,
+            initial_state_BHPN=surviving(state.second, documents) if state else None,
+            document_ids_BT=documents.now_BT if documents else None,
+            chunk_size=self.chunk_size,
+        )
+        gated_BTI = y_BTHP.reshape(batch, time_, self.inner) * F.silu(z_BTI)
+        normed_BTI = F.rms_norm(gated_BTI, (self.inner,), self.norm_weight.to(u_BTD.dtype), eps=1e-5)
+        return self.out_proj(normed_BTI), LayerState(conv_state_BCS, scan_state_BHPN)
+
+
+def rotate(x_BHTP: Tensor, first_position: int) -> Tensor:
+    """Rotary position code (Su et al. 2021), base 10000, over the whole head. x (B, H, T, P) -> same."""
+    half = x_BHTP.shape[-1] // 2
+    position_T = torch.arange(x_BHTP.shape[2], device=x_BHTP.device, dtype=torch.float32) + first_position
+    frequency_P = 10000.0 ** (-torch.arange(half, device=x_BHTP.device, dtype=torch.float32) / half)
+    angle_TP = position_T[:, None] * frequency_P
+    cos_TP, sin_TP = angle_TP.cos().to(x_BHTP.dtype), angle_TP.sin().to(x_BHTP.dtype)
+    a_BHTP, b_BHTP = x_BHTP[..., :half], x_BHTP[..., half : 2 * half]
+    turned = (a_BHTP * cos_TP - b_BHTP * sin_TP, a_BHTP * sin_TP + b_BHTP * cos_TP, x_BHTP[..., 2 * half :])
+    return torch.cat(turned, dim=-1)
+
+
+class CausalAttention(nn.Module):
+    """Causal softmax attention over the last `window` tokens, with query-key norm and rotary positions.
+
+    The carried state holds the unrotated keys and values of the last window - 1 tokens: positions are counted from the
+    oldest of them, so they never grow, and rotary codes depend on differences only.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads, self.headdim, self.window = (
+            config.model_dim // config.attn_headdim,
+            config.attn_headdim,
+            config.window,
+        )
+        self.qkv_proj = nn.Linear(config.model_dim, 3 * config.model_dim, bias=False)
+        self.out_proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        nn.init.zeros_(self.out_proj.weight)
+
+    def row_splits(self) -> tuple[int, ...]:
+        """Rows of qkv_proj by kind: query, key, value."""
+        return (self.out_proj.in_features,) * 3
+
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        """Keys and values (B, H, 0, P): nothing seen yet."""
+        nothing = like.new_zeros(batch, self.heads, 0, self.headdim)
+        return LayerState(nothing, nothing)
+
+    def forward(
+        self, u_BTD: Tensor, documents: Documents | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        batch, time_, width = u_BTD.shape
+        q_BHTP, k_BHTP, v_BHTP = (
+            part.view(batch, time_, self.heads, self.headdim).transpose(1, 2)
+            for part in self.qkv_proj(u_BTD).chunk(3, dim=-1)
+        )
+        q_BHTP = F.rms_norm(q_BHTP, (self.headdim,))
+        k_BHTP = F.rms_norm(k_BHTP, (self.headdim,))
+        past = state.first.shape[2] if state else 0
+        if state:
+            k_BHTP = torch.cat([state.first, k_BHTP], dim=2)
+            v_BHTP = torch.cat([state.second, v_BHTP], dim=2)
+        first_kept = max(past + time_ - self.window + 1, 0)
+        new_state = LayerState(k_BHTP[:, :, first_kept:], v_BHTP[:, :, first_kept:])
+        q_BHTP, k_BHTP = rotate(q_BHTP, past), rotate(k_BHTP, 0)
+        if past == 0 and documents is None and time_ <= self.window:
+            y_BHTP = F.scaled_dot_product_attention(q_BHTP, k_BHTP, v_BHTP, is_causal=True)
+        else:
+            query = torch.arange(past, past + time_, device=u_BTD.device)[:, None]
+            key = torch.arange(past + time_, device=u_BTD.device)[None, :]
+            allowed = (key <= query) & (key > query - self.window)
+            if documents is not None:
+                ids_BU = documents.now_BT if past == 0 else torch.cat([documents.before_BS, documents.now_BT], dim=1)
+                allowed = (allowed & (documents.now_BT[:, :, None] == ids_BU[:, None, :]))[:, None]
+            y_BHTP = F.scaled_dot_product_attention(q_BHTP, k_BHTP, v_BHTP, attn_mask=allowed)
+        return self.out_proj(y_BHTP.transpose(1, 2).reshape(batch, time_, width)), new_state
+
+
+class FeedForward(nn.Module):
+    """Per-position network with an RMSNorm before its last matrix: ReLU^2, LeakyReLU(0.5)^2 or SwiGLU."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden = config.mlp_mult * config.model_dim
+        self.activation = config.activation
+        self.up = nn.Linear(config.model_dim, hidden * (2 if self.activation == "swiglu" else 1), bias=False)
+        self.down = nn.Linear(hidden, config.model_dim, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up = self.up(x_BTD)
+        if self.activation == "swiglu":
+            gate, value = up.chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.leaky_relu(up, 0.5 if self.activation == "leaky_relu2" else 0.0).square()
+        return self.down(F.rms_norm(hidden, (hidden.shape[-1],), eps=1e-6))
+
+
+class Block(nn.Module):
+    """x0 mix -> + scaled mixer(norm(x)) -> + scaled feed-forward(norm(x))."""
+
+    def __init__(self, config: Config, index: int, kernels: Kernels) -> None:
+        super().__init__()
+        ones_D = torch.ones(config.model_dim)
+        self.resid_mix = nn.Parameter(torch.stack([ones_D, torch.zeros_like(ones_D)])) if config.x0_mix else None
+        self.mixer = CausalAttention(config) if index in config.attention_blocks() else Mamba2(config, kernels)
+        self.mixer_scale = nn.Parameter(ones_D.clone())
+        has_mlp = config.mlp_mult > 0 and config.mlp_every > 0 and index % config.mlp_every == 0
+        self.mlp = FeedForward(config) if has_mlp else None
+        self.mlp_scale = nn.Parameter(ones_D.clone()) if has_mlp else None
+
+    def forward(
+        self, x_BTD: Tensor, x0_BTD: Tensor, documents: Documents | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        if self.resid_mix is not None:
+            mix_2D = self.resid_mix.to(x_BTD.dtype)
+            x_BTD = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
+        mixed_BTD, new_state = self.mixer(F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6), documents, state)
+        x_BTD = torch.addcmul(x_BTD, self.mixer_scale.to(x_BTD.dtype), mixed_BTD)
+        if self.mlp is not None and self.mlp_scale is not None:
+            fed_BTD = self.mlp(F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6))
+            x_BTD = torch.addcmul(x_BTD, self.mlp_scale.to(x_BTD.dtype), fed_BTD)
+        return x_BTD, new_state
+
+
+class LanguageModel(nn.Module):
+    """What ships: embedding, blocks with U-Net skips, tied or own head."""
+
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        c = self.config = config
+        self.token_embed = nn.Embedding(c.vocab_size, c.effective_embed_dim)
+        nn.init.normal_(self.token_embed.weight, std=c.embed_init_std)
+        factored = c.effective_embed_dim != c.model_dim
+        self.embed_proj = nn.Linear(c.effective_embed_dim, c.model_dim, bias=False) if factored else None
+        reverse = factored and c.tie_embeddings in (1, 2)
+        self.embed_proj_rev = nn.Linear(c.model_dim, c.effective_embed_dim, bias=False) if reverse else None
+        self.encoder_layers = c.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, c.model_dim)) if c.unet_skips else None
+        self.blocks = nn.ModuleList(Block(c, i, kernels) for i in range(c.num_layers))
+        self.vocab_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.vocab_bias else None
+        correction = torch.zeros(c.vocab_size, c.effective_embed_dim)
+        self.lm_head_correction = nn.Parameter(correction) if c.tie_embeddings == 2 else None
+        adapter = c.tie_embeddings == 3
+        self.lm_head_adapter = nn.Linear(c.model_dim, c.effective_embed_dim, bias=False) if adapter else None
+        self.lm_head = nn.Linear(c.model_dim, c.vocab_size, bias=False) if c.tie_embeddings == 0 else None
+
+    def empty_state(self, batch: int) -> StreamState:
+        like = self.embed_proj.weight if self.embed_proj is not None else self.token_embed.weight
+        return StreamState(tuple(block.mixer.empty_state(batch, like) for block in self.blocks), None)  # pyright: ignore
+
+    def encode(
+        self, ids_BT: Tensor, document_ids_BT: Tensor | None = None, state: StreamState | None = None
+    ) -> tuple[Tensor, StreamState]:
+        """Token ids -> normalised hidden states h (B, T, D) and the state after the last token.
+
+        Args: ids (B, T) int64 in [0, V); document_ids (B, T) integers, used only if the configuration resets at
+        documents; state of the preceding window of the same streams, or None at the start of a stream.
+        """
+        documents = None
+        if self.config.document_reset and document_ids_BT is not None:
+            documents = Documents(document_ids_BT, state.document_ids_BS if state else None)
+        x_BTD = self.token_embed(ids_BT)
+        if self.embed_proj is not None:
+            x_BTD = self.embed_proj(x_BTD)
+        x_BTD = x0_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
+        skips: list[Tensor] = []
+        layers: list[LayerState] = []
+        for i, block in enumerate(self.blocks):
+            if i >= self.encoder_layers and skips and self.skip_weights is not None:
+                weight_D = self.skip_weights[i - self.encoder_layers].to(x_BTD.dtype)
+                x_BTD = torch.addcmul(x_BTD, weight_D, skips.pop())
+            x_BTD, layer_state = block(x_BTD, x0_BTD, documents, state.layers[i] if state else None)
+            layers.append(layer_state)
+            if i < self.encoder_layers:
+                skips.append(x_BTD)
+        remembered = None
+        if documents is not None:
+            seen = (documents.before_BS, documents.now_BT)
+            remembered = torch.cat([ids for ids in seen if ids is not None], dim=1)[
+                :, -max(self.config.window - 1, 1) :
+            ]
+        return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6), StreamState(tuple(layers), remembered)
+
+    def head(self, h_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states -> (rows (N, E), weight (V, E), bias (V) or None): raw logits are rows @ weight.T + bias."""
+        rows = h_BTD.reshape(-1, h_BTD.shape[-1])
+        if self.lm_head is not None:
+            return rows, self.lm_head.weight, self.vocab_bias
+        if self.lm_head_adapter is not None:
+            rows = F.gelu(self.lm_head_adapter(rows))
+        elif self.embed_proj_rev is not None:
+            rows = self.embed_proj_rev(rows)
+        weight_VE = self.token_embed.weight
+        if self.lm_head_correction is not None:
+            weight_VE = weight_VE + self.lm_head_correction.to(weight_VE.dtype)
+        return rows, weight_VE, self.vocab_bias
+
+    @property
+    def softcap_kind(self) -> str:
+        return self.config.softcap_type if self.config.logit_softcap > 0 else "none"
+
+    def nll(self, h_BTD: Tensor, y_BT: Tensor, temperature: float) -> Tensor:
+        """Negative log-likelihood (B, T) float32 in nats of targets y under softmax(softcap(logits) / temperature)."""
+        rows, weight, bias = self.head(h_BTD)
+        nll_N = softcap_nll_torch(
+            rows,
+            weight,
+            bias,
+            y_BT.reshape(-1),
+            cap=self.config.logit_softcap,
+            kind=self.softcap_kind,
+            temperature=temperature,
+        )
+        return nll_N.view(y_BT.shape)
+
+
+class ProjectorMLP(nn.Module):
+    """Linear -> LayerNorm -> GELU -> Linear, hidden width twice the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.fc2 = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(
+            self.fc1(x), self.norm.normalized_shape, self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype)
+        )
+        return self.fc2(F.gelu(normed))
+
+
+class JepaHead(nn.Module):
+    """Training-only latent prediction: projector h -> z, predictor z_t -> z_{t+1}, pred_proj back into z's space."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, hidden = config.model_dim, config.predictor_hidden_mult * config.model_dim
+        mlp = config.projector_type == "mlp"
+        self.projector = ProjectorMLP(width) if mlp else nn.Linear(width, width, bias=False)
+        self.pred_proj = ProjectorMLP(width) if mlp else nn.Linear(width, width, bias=False)
+        self.predictor_in = nn.Linear(width, hidden)
+        self.predictor_out = nn.Linear(hidden, width)
+        nn.init.zeros_(self.predictor_out.weight)
+        nn.init.zeros_(self.predictor_out.bias)
+        projections = config.sigreg_num_proj or 2 * config.effective_embed_dim
+        A_DM = torch.randn(width, projections)
+        self.register_buffer("sigreg_A_DM", A_DM / A_DM.norm(dim=0, keepdim=True))
+
+    def predict(self, z_BTD: Tensor) -> Tensor:
+        return self.pred_proj(self.predictor_out(F.gelu(self.predictor_in(z_BTD))))
+
+    def prediction_loss(self, z_BTD: Tensor, steps: int, detach_targets: bool) -> Tensor:
+        """Mean over k = 1..steps of the mean squared error of the k-fold rollout against z_{t+k}."""
+        losses = []
+        rolled_BTD = z_BTD[:, :-1]
+        for k in range(1, steps + 1):
+            target_BTD = z_BTD[:, k:].detach() if detach_targets else z_BTD[:, k:]
+            rolled_BTD = self.predict(rolled_BTD)[:, : target_BTD.shape[1]]
+            losses.append(F.mse_loss(rolled_BTD.float(), target_BTD.float()))
+            rolled_BTD = rolled_BTD[:, : z_BTD.shape[1] - k - 1]
+        return torch.stack(losses).mean()
+
+
+class TrainingModel(nn.Module):
+    """The language model with its training-only head and the loss over both."""
+
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.config = config
+        # Own generators: the language model starts the same whether or not the JEPA head exists.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.lm = LanguageModel(config, kernels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + 1)
+            self.jepa = JepaHead(config) if config.jepa_on else None
+
+    def sigreg_positions(self, step: int, time_: int) -> Tensor | None:
+        """Positions (T') of this step's SIGReg, equal on all ranks; None: all positions."""
+        count = self.config.sigreg_timesteps
+        if self.config.sigreg_mode == "pooled" or count == 0 or time_ <= count:
+            return None
+        generator = np.random.Generator(np.random.Philox(key=[self.config.seed, step]))
+        return torch.from_numpy(generator.integers(0, time_, count))
+
+    def forward(
+        self, x_BT: Tensor, y_BT: Tensor, document_ids_BT: Tensor | None, sigreg_lambda: float, positions: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch and its detached parts (nats): jepa, sigreg, sigreg_excess (over its floor), ce."""
+        c = self.config
+        h_BTD, _ = self.lm.encode(x_BT, document_ids_BT)
+        loss = h_BTD.new_zeros((), dtype=torch.float32)
+        parts: dict[str, Tensor] = {}
+        if self.jepa is not None:
+            z_BTD = self.jepa.projector(h_BTD)
+            if c.jepa_weight > 0:
+                jepa = self.jepa.prediction_loss(z_BTD, c.jepa_steps, c.detach_targets)
+                loss = loss + c.jepa_weight * jepa
+                parts["jepa"] = jepa.detach()
+            if sigreg_lambda > 0:
+                per_timestep = c.sigreg_mode == "timestep"
+                z = z_BTD if positions is None else z_BTD[:, positions]
+                z = z if per_timestep else z.reshape(-1, z.shape[-1])
+                sigreg = sigreg_torch(z, self.jepa.sigreg_A_DM, knots=c.sigreg_knots, per_timestep=per_timestep)
+                loss = loss + sigreg_lambda * sigreg
+                samples = z.shape[0] * (dist.get_world_size() if dist.is_initialized() else 1)
+                parts["sigreg"] = sigreg.detach()
+                parts["sigreg_excess"] = sigreg.detach() - sigreg_floor(samples, knots=c.sigreg_knots)
+        if c.ce_weight > 0:
+            rows, weight, bias = self.lm.head(h_BTD)
+            total, ce, z = softcap_xent_torch(
+                rows, weight, bias, y_BT.reshape(-1), cap=c.logit_softcap, kind=self.lm.softcap_kind, z_weight=c.z_loss
+            )
+            loss = loss + c.ce_weight * total
+            parts["ce"], parts["z_loss"] = ce, z
+        parts["loss"] = loss.detach()
+        return loss, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masters, grids and optimizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def storage_spec(name: str, tensor: Tensor, config: Config) -> GridSpec:
+    """The grid on which a parameter of the language model is trained, shipped and scored."""
+    clip = config.quant_clip or None
+    if name == "token_embed.weight":
+        kinds = {"FP8": GridSpec("fp8_e4m3"), "INT8": GridSpec("int", bits=8), "BF16": GridSpec("bf16")}
+        return kinds[config.fp_storage]
+    if tensor.ndim == 2 and tensor.numel() >= 4096 and name.endswith(".weight"):
+        return GridSpec("int", bits=config.quant_bits, clip=clip)
+    if name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "D"):  # a few hundred numbers that set the model's memory
+        return GridSpec("f32")
+    return GridSpec("bf16")
+
+
+def optimizer_group(name: str, tensor: Tensor) -> str:
+    """muon, embed or scalar, exactly one. Convolution taps are a vector per channel, not a matrix: scalar."""
+    if name.endswith(("token_embed.weight", "lm_head_correction")):
+        return "embed"
+    return "muon" if tensor.ndim == 2 and name.endswith(".weight") else "scalar"
+
+
+class Masters:
+    """float32 masters of all parameters, one flat gradient buffer, and the compute weights made from them.
+
+    Invariant after `publish`: every compute weight is cast(grid(master)) (or cast(master) before quantization-aware
+    training starts), so the model never holds anything that a later stage would round differently.
+    """
+
+    def __init__(self, model: TrainingModel, config: Config, compute_dtype: torch.dtype) -> None:
+        self.config = config
+        self.compute: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.master: dict[str, nn.Parameter] = {}
+        self.spec: dict[str, GridSpec] = {}
+        total = sum(p.numel() for p in self.compute.values())
+        device = next(iter(self.compute.values())).device
+        self.flat_gradient = torch.zeros(total, device=device)
+        offset = 0
+        for name, parameter in self.compute.items():
+            master = nn.Parameter(parameter.detach().float().clone())
+            master.grad = self.flat_gradient[offset : offset + master.numel()].view_as(master)
+            offset += master.numel()
+            self.master[name] = master
+            if name.startswith("lm."):
+                self.spec[name] = storage_spec(name.removeprefix("lm."), master, config)
+            if optimizer_group(name, parameter) != "scalar":
+                parameter.data = parameter.data.to(compute_dtype)
+        self.ema: dict[str, Tensor] = {}
+
+    def groups(self) -> dict[str, list[str]]:
+        members: dict[str, list[str]] = {"muon": [], "embed": [], "scalar": []}
+        for name, parameter in self.compute.items():
+            members[optimizer_group(name, parameter)].append(name)
+        return members
+
+    @torch.no_grad()
+    def publish(self, on_grid: bool, source: Mapping[str, Tensor] | None = None) -> None:
+        """Write the compute weights from the masters (or from `source`), on their grids or not."""
+        for name, parameter in self.compute.items():
+            values = (source or self.master).get(name, self.master[name])
+            if on_grid and name in self.spec:
+                values = fake_quantize_torch(values, self.spec[name])
+            parameter.copy_(values)
+
+    def shipped(self) -> Mapping[str, Tensor]:
+        """The float weights that the artifact is made from: the moving average once there is one."""
+        return self.ema or self.master
+
+    @contextlib.contextmanager
+    def as_shipped(self, training_on_grid: bool, on_grid: bool = True) -> Iterator[None]:
+        """Inside, the model holds what the artifact would hold; afterwards, what training had."""
+        self.publish(on_grid, self.shipped())
+        try:
+            yield
+        finally:
+            self.publish(training_on_grid)
+
+    @torch.no_grad()
+    def accumulate_gradients(self, scale: float) -> None:
+        """Add scale * compute gradients to the masters' and drop the former. A parameter without one adds zero."""
+        pairs = [(self.master[n].grad, p.grad) for n, p in self.compute.items() if p.grad is not None]
+        torch._foreach_add_([m for m, _ in pairs], [g.float() for _, g in pairs], alpha=scale)
+        for parameter in self.compute.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        names = [name for name in self.master if name.startswith("lm.")]
+        if not self.ema:
+            self.ema = {name: self.master[name].detach().clone() for name in names}
+        else:
+            torch._foreach_lerp_([self.ema[n] for n in names], [self.master[n].detach() for n in names], 1 - decay)
+
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        """The shipped tensors of the language model, by the names of its state dict."""
+        out = {}
+        for name, spec in self.spec.items():
+            codes, scales = quantize_torch(self.shipped()[name].detach().cpu(), spec)
+            out[name.removeprefix("lm.")] = QuantizedTensor(
+                spec, codes.numpy(), scales.numpy(), tuple(self.master[name].shape)
+            )
+        return out
+
+
+def build_optimizers(model: TrainingModel, masters: Masters, config: Config) -> dict[str, torch.optim.Optimizer]:
+    """Muon for matrices, AdamW with decay for the embedding and without for everything else."""
+    c = config
+    groups = masters.groups()
+    splits = {}
+    if c.muon_split_in_proj:
+        for name, module in model.named_modules():
+            if isinstance(module, Mamba2):
+                splits[f"{name}.in_proj.weight"] = module.row_splits()
+            elif isinstance(module, CausalAttention):
+                splits[f"{name}.qkv_proj.weight"] = module.row_splits()
+    by_split: dict[tuple[int, ...] | None, list[nn.Parameter]] = {}
+    for name in groups["muon"]:
+        by_split.setdefault(splits.get(name), []).append(masters.master[name])
+    muon = Muon(
+        [{"params": params, "row_splits": split} for split, params in by_split.items()],
+        lr=c.matrix_lr,
+        momentum=c.muon_momentum,
+        steps=c.muon_backend_steps,
+        weight_decay=c.muon_wd,
+        normalize_rows=True,
+    )
+    adam = {
+        kind: torch.optim.AdamW(
+            [masters.master[name] for name in groups[kind]],
+            lr=lr,
+            betas=(c.beta1, c.beta2),
+            eps=c.adam_eps,
+            weight_decay=decay,
+            fused=True,
+        )
+        for kind, lr, decay in (("embed", c.embed_lr, c.adam_wd), ("scalar", c.scalar_lr, 0.0))
+    }
+    return {"muon": muon, **adam}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks, clock, data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of a run. One process is a world of its own; no process group is made then."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_leader(self, value: Any) -> Any:
+        """The leader's value of a small Python object of numbers and strings."""
+        if self.world == 1:
+            return value
+        box = [json.dumps(value)]
+        dist.broadcast_object_list(box, src=0)
+        return json.loads(box[0])
+
+
+def join_ranks(choice: str, environ: Mapping[str, str]) -> Ranks:
+    """Read torchrun's variables, pick the device and join the process group. Raises ConfigError."""
+    rank, world, local = (int(environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    cuda = torch.cuda.is_available()
+    if choice == "cuda" and not cuda:
+        raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
+    device = torch.device("cuda", local) if cuda and choice != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank, world, device)
+
+
+class Clock:
+    """Seconds that the model has been learning, agreed between ranks by the leader's reading once a step."""
+
+    def __init__(self, ranks: Ranks, elapsed_s: float) -> None:
+        self.ranks, self.elapsed_s, self.started_s = ranks, elapsed_s, None
+        # A clock reading must not wait for the GPU: it travels over its own CPU group.
+        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+
+    def start(self) -> None:
+        self.started_s = time.perf_counter()
+
+    def read_s(self) -> float:
+        now_s = self.elapsed_s + (time.perf_counter() - self.started_s if self.started_s is not None else 0.0)
+        if self.ranks.world > 1:
+            reading = torch.tensor([now_s], dtype=torch.float64)
+            dist.broadcast(reading, src=0, group=self.group)
+            now_s = float(reading)
+        return now_s
+
+    def stop(self) -> float:
+        """Wait for the device, stop counting and return the seconds counted so far."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.elapsed_s, self.started_s = self.read_s(), None
+        return self.elapsed_s
+
+
+class StepBatch(NamedTuple):
+    """One rank's share of a step, with the loader's state after it."""
+
+    x_BT: Tensor
+    y_BT: Tensor
+    document_ids_BT: Tensor
+    loader_state: dict[str, Any]
+
+
+class Prefetcher:
+    """Draws batches in a thread, `depth` ahead, and starts their copy to the device."""
+
+    def __init__(self, loader: TokenLoader, device: torch.device, depth: int = 2) -> None:
+        self.loader, self.device = loader, device
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self.pending = deque(self.pool.submit(self._draw) for _ in range(depth))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _draw(self) -> StepBatch:
+        batch = self.loader.next_batch()
+        tensors = (self._tensor(array) for array in (batch.x_BT, batch.y_BT, batch.document_ids_BT))
+        return StepBatch(*tensors, self.loader.state())
+
+    def next(self) -> StepBatch:
+        """The next batch in order; an error of the loader is raised here. Its loader_state is the state after it."""
+        self.pending.append(self.pool.submit(self._draw))
+        return self.pending.popleft().result()
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def open_tokens(pattern: str, vocab_size: int) -> np.ndarray:
+    """All tokens of the shards that match, in order of name. Raises ShardError."""
+    shards = [open_shard(path, vocab_size=vocab_size, deep=True) for path in list_shards(pattern)]
+    tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    if len(tokens) < 2:
+        raise ShardError(f"{pattern}: {len(tokens)} tokens; scoring needs at least 2")
+    return tokens
+
+
+def open_tokenizer(config: Config, beside: str) -> Tokenizer:
+    """The tokenizer of a run. Raises TokenizerError if it is missing or has more tokens than the embedding has rows."""
+    if config.tokenizer == "byte":
+        return load_tokenizer("byte", vocab_size=config.vocab_size)
+    path = config.tokenizer_path or str(Path(beside) / "tokenizer.model")
+    return load_tokenizer(path, vocab_size=config.vocab_size)
+
+
+def manifest_original_bytes(pattern: str, tokens: int) -> int | None:
+    """UTF-8 bytes of the original validation text, if a manifest beside the shards counts exactly these tokens."""
+    path = list_shards(pattern)[0].parent / "manifest.json"
+    if not path.is_file():
+        return None
+    split = json.loads(path.read_text(encoding="utf-8")).get("splits", {}).get("val", {})
+    return int(split["original_bytes"]) if split.get("tokens") == tokens and "original_bytes" in split else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score over every token of a stream after its first, and what it covers."""
+
+    mode: str
+    loss: float  # nats a token
+    bpb: float
+    tokens: int
+    scored_bytes: int
+    byte_source: str  # "original": UTF-8 of the source text; "decoded": what the tokens spell
+    decoded_bytes: int
+    original_bytes: int | None
+    tokens_computed: int
+    context: str
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        return asdict(self) | {"computed_per_token": self.tokens_computed / self.tokens}
+
+
+def windows_of(mode: str, targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, end, first scored) of each window of inputs, covering targets 0 .. targets-1 exactly once.
+
+    standard: windows side by side, each scored whole. sliding: a window's last `stride` targets are scored (all of the
+    first window's), the last window ends at the last target, whatever is left to score.
+    """
+    if mode == "standard":
+        return [(s, min(s + length, targets), s) for s in range(0, targets, length)]
+    if targets <= length:
+        return [(0, targets, 0)]
+    windows, scored = [(0, length, 0)], length
+    while scored < targets:
+        end = min(scored + stride, targets)
+        windows.append((end - length, end, scored))
+        scored = end
+    return windows
+
+
+def lanes_of(tokens: np.ndarray, lanes: int, bos_id: int | None) -> list[tuple[int, int]]:
+    """Cut inputs 0 .. len-2 into about equal runs that begin at documents, for carried scoring side by side."""
+    targets = len(tokens) - 1
+    if lanes <= 1 or bos_id is None:
+        return [(0, targets)]
+    starts = np.flatnonzero(np.asarray(tokens[:targets]) == bos_id)
+    if len(starts) == 0:
+        return [(0, targets)]
+    wanted = np.linspace(0, targets, lanes + 1)[1:-1]
+    cuts = {int(starts[min(np.searchsorted(starts, w), len(starts) - 1)]) for w in wanted}
+    edges = [0, *sorted(cuts - {0}), targets]
+    return list(itertools.pairwise(edges))
+
+
+@torch.inference_mode()
+def token_nll(
+    lm: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    mode: str,
+    length: int,
+    stride: int,
+    batch_tokens: int,
+    lanes: int,
+    bos_id: int | None,
+    temperature: float,
+    ranks: Ranks,
+) -> tuple[np.ndarray, int]:
+    """Negative log-likelihood (nats) of tokens[1:], each exactly once, and the number of tokens computed for it.
+
+    Args: tokens (n) uint16; length and stride in tokens; batch_tokens computed side by side at most. Every rank returns
+    the whole (n - 1) float64 array.
+    """
+    targets = len(tokens) - 1
+    nll_n = torch.zeros(targets, dtype=torch.float64, device=ranks.device)
+    ids_n = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    document_n = (ids_n == bos_id).cumsum(0).int() if bos_id is not None else torch.zeros(len(ids_n), dtype=torch.int32)
+    computed = 0
+
+    def run(spans: list[tuple[int, int]], width: int, state: StreamState | None) -> tuple[Tensor, StreamState]:
+        """Inputs [start, end) of each span, padded to `width`, through the model: nll (rows, width) and the state."""
+        x_BT, y_BT, document_BT = (
+            torch.zeros(len(spans), width, dtype=d) for d in (torch.long, torch.long, torch.int32)
+        )
+        for row, (start, end) in enumerate(spans):
+            count = min(width, end - start)
+            x_BT[row, :count] = ids_n[start : start + count]
+            y_BT[row, :count] = ids_n[start + 1 : start + count + 1]
+            document_BT[row] = document_n[start + count - 1]
+            document_BT[row, :count] = document_n[start : start + count]
+        x_BT, y_BT, document_BT = (t.to(ranks.device) for t in (x_BT, y_BT, document_BT))
+        h_BTD, state = lm.encode(x_BT, document_BT, state)
+        return lm.nll(h_BTD, y_BT, temperature), state
+
+    if mode == "carried":
+        cut = lanes_of(tokens, lanes * ranks.world if lm.config.document_reset else 1, bos_id)
+        own = sorted(cut[ranks.rank :: ranks.world], key=lambda lane: lane[0] - lane[1])  # longest first
+        state: StreamState | None = None
+        for offset in range(0, max((end - start for start, end in own), default=0), length):
+            alive = [(start + offset, end) for start, end in own if start + offset < end]
+            if state is not None:  # lanes that have ended are the last rows
+                rows = len(alive)
+                ids_BS = None if state.document_ids_BS is None else state.document_ids_BS[:rows]
+                state = StreamState(tuple(LayerState(s.first[:rows], s.second[:rows]) for s in state.layers), ids_BS)
+            width = min(length, max(end - start for start, end in alive))
+            nll_BT, state = run(alive, width, state)
+            computed += nll_BT.numel()
+            for row, (start, end) in enumerate(alive):
+                count = min(width, end - start)
+                nll_n[start : start + count] = nll_BT[row, :count].double()
+    else:
+        by_width: dict[int, list[tuple[int, int, int]]] = {}
+        for start, end, first in windows_of(mode, targets, length, stride)[ranks.rank :: ranks.world]:
+            by_width.setdefault(end - start, []).append((start, end, first))
+        for width, windows in by_width.items():
+            rows = max(1, batch_tokens // width)
+            for batch in (windows[i : i + rows] for i in range(0, len(windows), rows)):
+                nll_BT, _ = run([(start, end) for start, end, _ in batch], width, None)
+                computed += nll_BT.numel()
+                for row, (start, end, first) in enumerate(batch):
+                    nll_n[first:end] = nll_BT[row, first - start :].double()
+    total = ranks.sum(torch.tensor([computed], dtype=torch.int64, device=ranks.device))
+    return ranks.sum(nll_n).cpu().numpy(), int(total)
+
+
+def score_tokens(
+    lm: LanguageModel,
+    tokens: np.ndarray,
+    table: ByteTable,
+    config: Config,
+    *,
+    mode: str,
+    temperature: float,
+    bos_id: int | None,
+    original_bytes: int | None,
+    ranks: Ranks,
+) -> Score:
+    """Bits per byte of a token stream under the model as it stands. `original_bytes` None: count decoded bytes."""
+    started_s = time.perf_counter()
+    length = config.eval_seq_len or config.train_seq_len
+    nll_n, computed = token_nll(
+        lm,
+        tokens,
+        mode=mode,
+        length=length,
+        stride=config.sliding_eval_stride,
+        batch_tokens=config.val_batch_size,
+        lanes=config.eval_lanes,
+        bos_id=bos_id,
+        temperature=temperature,
+        ranks=ranks,
+    )
+    decoded_bytes = int(token_bytes(table, tokens[:-1], tokens[1:]).sum())
+    scored_bytes = decoded_bytes if original_bytes is None else original_bytes
+    total_nats = float(nll_n.sum())
+    if not math.isfinite(total_nats):
+        raise GolfError(
+            f"the score is not finite ({total_nats}); {int((~np.isfinite(nll_n)).sum())} tokens have no probability"
+        )
+    contexts = {
+        "standard": f"each token sees up to {length - 1} before it, from the start of its window",
+        "sliding": f"each token sees {length - config.sliding_eval_stride} to {length - 1} before it",
+        "carried": "each token sees all before it through the carried state",
+    }
+    isolated = "; documents are isolated" if lm.config.document_reset else ""
+    return Score(
+        mode=mode,
+        loss=total_nats / len(nll_n),
+        bpb=bits_per_byte(total_nats, scored_bytes),
+        tokens=len(nll_n),
+        scored_bytes=scored_bytes,
+        byte_source="decoded" if original_bytes is None else "original",
+        decoded_bytes=decoded_bytes,
+        original_bytes=original_bytes,
+        tokens_computed=computed,
+        context=contexts[mode] + isolated,
+        seconds=time.perf_counter() - started_s,
+    )
+
+
+COARSE_TEMPERATURES = (0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0)
+FINE_STEP = 0.02
+
+
+@torch.inference_mode()
+def search_temperature(
+    lm: LanguageModel, x_BT: Tensor, y_BT: Tensor, document_ids_BT: Tensor, rows: int, ranks: Ranks
+) -> float:
+    """Softmax temperature of least loss on training text: a coarse grid, then steps of 0.02 around its best.
+
+    Hidden states are computed once; each temperature costs the head only. Ranks may hold different windows.
+    """
+    pieces = [
+        (lm.encode(x_BT[i : i + rows], document_ids_BT[i : i + rows])[0], y_BT[i : i + rows])
+        for i in range(0, x_BT.shape[0], rows)
+    ]
+
+    def loss(temperature: float) -> float:
+        total = torch.stack([lm.nll(h_BTD, y, temperature).double().sum() for h_BTD, y in pieces]).sum()
+        return float(ranks.sum(total))
+
+    losses = {t: loss(t) for t in COARSE_TEMPERATURES}
+    centre = min(losses, key=lambda t: losses[t])
+    for k in (-3, -2, -1, 1, 2, 3):
+        temperature = round(centre + k * FINE_STEP, 4)
+        losses.setdefault(temperature, loss(temperature))
+    return min(losses, key=lambda t: losses[t])
+
+
+def jepa_diagnostics(
+    model: TrainingModel, tokens: np.ndarray, table: ByteTable, config: Config, bos_id: int | None, device: torch.device
+) -> dict[str, float]:
+    """What the latent space has learned, on validation windows (nothing measured here reaches the artifact).
+
+    cosine and r2_over_copy compare the one-step prediction with z_{t+1} (r2_over_copy = 1 - MSE(prediction) /
+    MSE(copying z_t); 0 means no better than copying); temporal_variance is the share of z's variance that lies along
+    time within a window (0: z is constant in time); top-k accuracies are the language model's; probe_bpb is a linear
+    probe on frozen h, trained on the first 80% of the windows and scored in true bits per byte on the rest.
+    """
+    length, rows = (
+        config.train_seq_len,
+        max(2, min(50_000 // config.train_seq_len, (len(tokens) - 1) // config.train_seq_len)),
+    )
+    count = rows * length
+    if count + 1 > len(tokens):
+        return {}
+    ids_n = torch.from_numpy(np.asarray(tokens[: count + 1]).astype(np.int64)).to(device)
+    x_BT, y_BT = ids_n[:-1].view(rows, length), ids_n[1:].view(rows, length)
+    documents_BT = (x_BT == (-1 if bos_id is None else bos_id)).cumsum(1).int()
+    sums: dict[str, float] = dict.fromkeys(
+        ("cosine", "mse", "copy", "within", "variance", "top1", "top5", "top10"), 0.0
+    )
+    hidden = []
+    with torch.no_grad():
+        for i in range(rows):
+            h_BTD, _ = model.lm.encode(x_BT[i : i + 1], documents_BT[i : i + 1])
+            hidden.append(h_BTD[0].float())
+            if model.jepa is not None:
+                z_TD = model.jepa.projector(h_BTD)[0].float()
+                guess_TD = model.jepa.predict(model.jepa.projector(h_BTD)[:, :-1])[0].float()
+                sums["cosine"] += float(F.cosine_similarity(guess_TD, z_TD[1:], dim=-1).mean()) / rows
+                sums["mse"] += float((guess_TD - z_TD[1:]).square().mean()) / rows
+                sums["copy"] += float((z_TD[:-1] - z_TD[1:]).square().mean()) / rows
+                sums["within"] += float(z_TD.var(dim=0, unbiased=False).mean()) / rows
+                sums["variance"] += float(z_TD.square().mean()) / rows
+            head_rows, weight, bias = model.lm.head(h_BTD)
+            logits_TV = F.linear(head_rows, weight).float() + (0 if bias is None else bias)
+            best_TK = logits_TV.topk(10, dim=-1).indices == y_BT[i][:, None]
+            for k in (1, 5, 10):
+                sums[f"top{k}"] += float(best_TK[:, :k].any(dim=1).float().mean()) / rows
+    out = {f"lm_top{k}": sums[f"top{k}"] for k in (1, 5, 10)}
+    if model.jepa is not None:
+        out["jepa_cosine"] = sums["cosine"]
+        out["jepa_mse"] = sums["mse"]
+        out["jepa_r2_over_copy"] = 1.0 - sums["mse"] / max(sums["copy"], 1e-12)
+        out["z_temporal_variance"] = sums["within"] / max(sums["variance"], 1e-12)
+    split = max(1, int(0.8 * rows))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 2)
+        probe = nn.Linear(config.model_dim, config.vocab_size).to(device)
+        train_ND, train_N = torch.cat(hidden[:split]), y_BT[:split].reshape(-1)
+        optimizer = torch.optim.Adam(probe.parameters(), lr=3e-3)
+        for _ in range(200):
+            pick = torch.randint(0, len(train_N), (min(2048, len(train_N)),)).to(device)
+            loss = F.cross_entropy(probe(train_ND[pick]), train_N[pick])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        nats = float(F.cross_entropy(probe(torch.cat(hidden[split:])), y_BT[split:].reshape(-1), reduction="sum"))
+    held = np.asarray(tokens[split * length : count + 1])
+    out["probe_bpb"] = bits_per_byte(nats, int(token_bytes(table, held[:-1], held[1:]).sum()))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folder and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary name beside the target, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def our_sources() -> dict[str, str]:
+    """Source text of every module of ours that this process runs, by file name relative to the entry's repository."""
+    entry = Path(__file__).resolve()
+    sources = {"train_gpt.py": entry.read_text(encoding="utf-8")}
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.split(".")[0] == "common" and file:
+            sources[name.replace(".", "/") + ".py"] = Path(file).read_text(encoding="utf-8")
+    return {name: text for name, text in sources.items() if text}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that the entry lies in and whether it has uncommitted changes; None outside git."""
+    if shutil.which("git") is None:
+        return None
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+
+    commit = ask("rev-parse", "HEAD")
+    if commit.returncode != 0:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(ask("status", "--porcelain", "-uno").stdout.strip())}
+
+
+def versions_and_hardware(device: torch.device) -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+class RunFolder:
+    """`runs/RUN_ID`: config.json, log.jsonl, train.log, checkpoints/, model.artifact, summary.json. Leader writes."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.path = Path(config.runs_dir) / config.run_id
+        self.checkpoints = self.path / "checkpoints"
+        self.artifact = self.path / "model.artifact"
+        self.summary = self.path / "summary.json"
+        self.config, self.ranks = config, ranks
+
+    def open(self, command: Command) -> None:
+        """Create or reopen. Raises ConfigError for a finished run, CheckpointError for another configuration."""
+        if self.ranks.leads:
+            record = self.path / "config.json"
+            try:
+                if self.summary.exists():
+                    raise ConfigError(f"{self.path} is finished; use another --run_id or --overwrite")
+                if record.exists():
+                    self._check_same(json.loads(record.read_text(encoding="utf-8"))["config"])
+            except GolfError:
+                if not command.overwrite:
+                    raise
+                shutil.rmtree(self.path)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                record, json.dumps({"preset": command.preset, "config": asdict(self.config)}, indent=1).encode()
+            )
+        self.ranks.barrier()
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        now = asdict(self.config)
+        changed = [k for k in now if k not in RESUME_FREE_FIELDS and before.get(k) != now[k]]
+        if changed:
+            listing = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in changed)
+            raise CheckpointError(
+                f"{self.path} was begun with another configuration ({listing}); use another --run_id or --overwrite"
+            )
+
+    def begin_logs(self, step: int, device: torch.device, kernels: Kernels) -> None:
+        """Open train.log with the sources that run; drop log lines of steps that a resumed run will repeat."""
+        if not self.ranks.leads:
+            return
+        log = self.path / "log.jsonl"
+        kept = []
+        if log.exists() and step > 0:
+            for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+                if (
+                    line.endswith("\n") and json.loads(line).get("step", 0) <= step
+                ):  # a killed run may leave half a line
+                    kept.append(line)
+        write_atomically(log, "".join(kept).encode())
+        if step == 0:
+            write_atomically(self.path / "train.log", b"")
+            sources = our_sources()
+            for name, text in sources.items():
+                self.text(f"{'=' * 40} {name}\n{text}", console=False)
+        self.text(json.dumps(versions_and_hardware(device)), console=False)
+        self.text(json.dumps(asdict(self.config)), console=False)
+        self.text(f"kernels: {kernels.name} ({kernels.reason}); device {device}; ranks {self.ranks.world}")
+
+    def text(self, line: str, console: bool = True) -> None:
+        if self.ranks.leads:
+            if console:
+                print(line, flush=True)
+            with open(self.path / "train.log", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def event(self, **values: Any) -> None:
+        if self.ranks.leads:
+            with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def save_checkpoint(
+    folder: RunFolder,
+    masters: Masters,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    step: int,
+    elapsed_s: float,
+    loader_state: dict[str, Any],
+) -> None:
+    """Write checkpoints/step_N.safetensors atomically and keep the newest `checkpoint_keep`. Leader only.
+
+    Plain tensors and JSON; nothing is pickled. No generator state: every random draw is a function of (seed, step).
+    """
+    tensors = {f"master/{name}": p.detach() for name, p in masters.master.items()}
+    tensors |= {f"ema/{name}": t for name, t in masters.ema.items()}
+    names = {id(p): name for name, p in masters.master.items()}
+    for kind, optimizer in optimizers.items():
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                tensors[f"{kind}/{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+    header = {"step": step, "elapsed_s": elapsed_s, "loader": loader_state, "config": asdict(folder.config)}
+    path = folder.checkpoints / f"step_{step:08d}.safetensors"
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata={"state": json.dumps(header)})
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    for old in sorted(folder.checkpoints.glob("step_*.safetensors"))[: -max(folder.config.checkpoint_keep, 1)]:
+        old.unlink()
+
+
+def load_checkpoint(
+    folder: RunFolder, masters: Masters, optimizers: Mapping[str, torch.optim.Optimizer]
+) -> tuple[int, float, dict[str, Any] | None]:
+    """Restore the newest readable checkpoint: (step, elapsed seconds, loader state); (0, 0.0, None) without one.
+
+    A damaged file is named and the one before it used. Raises CheckpointError if every one is damaged or of another
+    configuration.
+    """
+    found = sorted(folder.checkpoints.glob("step_*.safetensors"), reverse=True)
+    for path in found:
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            folder.text(f"checkpoint {path} is damaged ({error}); trying the one before it")
+            continue
+        folder._check_same(header["config"])
+        with torch.no_grad():
+            for name, master in masters.master.items():
+                master.copy_(tensors[f"master/{name}"])
+                if f"ema/{name}" in tensors:
+                    masters.ema[name] = tensors[f"ema/{name}"].to(master.device)
+        for kind, optimizer in optimizers.items():
+            state_dict = optimizer.state_dict()
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            names = {id(p): name for name, p in masters.master.items()}
+            state_dict["state"] = {}
+            for i, parameter in enumerate(order):
+                prefix = f"{kind}/{names[id(parameter)]}/"
+                state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+                if state:
+                    state_dict["state"][i] = state
+            optimizer.load_state_dict(state_dict)
+        return header["step"], header["elapsed_s"], header["loader"]
+    if found:
+        raise CheckpointError(
+            f"{folder.checkpoints}: all {len(found)} checkpoints are damaged; delete them to start over"
+        )
+    return 0, 0.0, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export and scoring of artifacts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cast_compute(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """Matrices and embedding in the compute dtype, vectors in float32: what `Masters` does to a model in training."""
+    for name, parameter in lm.named_parameters():
+        if optimizer_group(name, parameter) != "scalar":
+            parameter.data = parameter.data.to(dtype)
+    return lm
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def export_artifact(
+    path: Path, masters: Masters, config: Config, tokenizer: Tokenizer, temperature: float
+) -> SizeReport:
+    """Quantize what ships and write it. Training-only parameters are not in `masters.quantized()` and never enter."""
+    meta = {
+        "entry": "jepa_mamba",
+        "model": {
+            name: getattr(config, name) for name in MODEL_FIELDS if getattr(config, name) != getattr(Config(), name)
+        },
+        "temperature": temperature,
+        "tokenizer": {"kind": config.tokenizer, "sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id},
+        "eval": {name: getattr(config, name) for name in SCORING_FIELDS},
+    }
+    return save_artifact(path, masters.quantized(), meta)
+
+
+def load_model(path: str | Path, kernels_choice: str, ranks: Ranks) -> tuple[LanguageModel, Config, dict[str, Any]]:
+    """Read an artifact into a fresh model, strictly. Raises ArtifactError or ConfigError."""
+    tensors, meta = load_artifact(path)
+    known = {*MODEL_FIELDS, *SCORING_FIELDS}
+    values = {**meta.get("model", {}), **meta.get("eval", {})}
+    if meta.get("entry") != "jepa_mamba" or not set(values) <= known:
+        raise ConfigError(
+            f"{path}: not of this entry: entry {meta.get('entry')!r}, unknown options {sorted(set(values) - known)}"
+        )
+    config = replace(Config(), tokenizer=meta["tokenizer"]["kind"], **values)
+    check_config(config)
+    lm = LanguageModel(config, select_kernels(kernels_choice, ranks.device))
+    try:
+        lm.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()}, strict=True)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: its tensors do not fit the model that it describes: {error}") from None
+    return cast_compute(lm.to(ranks.device), compute_dtype(ranks.device)).eval(), config, meta
+
+
+def matching_tokenizer(config: Config, meta: Mapping[str, Any], beside: str, artifact: str | Path) -> Tokenizer:
+    tokenizer = open_tokenizer(config, beside)
+    if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
+        raise TokenizerError(
+            f"{artifact} was trained with a tokenizer of sha256 {meta['tokenizer']['sha256']}, but the one "
+            f"given has {tokenizer.sha256}; give the right one with --tokenizer_path"
+        )
+    return tokenizer
+
+
+def score_artifact(command: Command, artifact: str | Path, pattern: str, ranks: Ranks) -> dict[str, Any]:
+    """Score an artifact on validation shards, from nothing but code, artifact, tokenizer and shards -> JSON object."""
+    started_s = time.perf_counter()
+    given = command.config
+    lm, config, meta = load_model(artifact, given.kernels, ranks)
+    scoring = ("eval_modes", "eval_seq_len", "sliding_eval_stride", "eval_lanes", "val_batch_size", "tokenizer_path")
+    config = replace(config, **{name: getattr(given, name) for name in scoring if name in command.given})
+    tokenizer = matching_tokenizer(config, meta, str(list_shards(pattern)[0].parent), artifact)
+    tokens = open_tokens(pattern, config.vocab_size)
+    original = None if tokenizer.lossless else manifest_original_bytes(pattern, len(tokens))
+    scores = {
+        mode: score_tokens(
+            lm,
+            tokens,
+            byte_table(tokenizer),
+            config,
+            mode=mode,
+            temperature=meta["temperature"],
+            bos_id=tokenizer.bos_id,
+            original_bytes=original,
+            ranks=ranks,
+        ).summary()
+        for mode in config.modes()
+    }
+    head = scores[config.modes()[0]]
+    digest = hashlib.sha256()
+    for shard in list_shards(pattern):
+        digest.update(Path(shard).read_bytes())
+    return {
+        "val_bpb": head["bpb"],
+        "val_loss": head["loss"],
+        "val_tokens": head["tokens"],
+        "val_bytes": head["scored_bytes"],
+        "byte_source": head["byte_source"],
+        "eval_mode": head["mode"],
+        "temperature": meta["temperature"],
+        "weights": "artifact",
+        "artifact": str(artifact),
+        "artifact_bytes": Path(artifact).stat().st_size,
+        "artifact_sha256": hashlib.sha256(Path(artifact).read_bytes()).hexdigest(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_lossless": tokenizer.lossless,
+        "val_sha256": digest.hexdigest(),
+        "eval_s": time.perf_counter() - started_s,
+        "scores": scores,
+    }
+
+
+@torch.inference_mode()
+def generate_text(command: Command, artifact: str, ranks: Ranks) -> str:
+    """Continue a prompt by sampling from the artifact's model at its temperature, state carried token by token."""
+    lm, config, meta = load_model(artifact, command.config.kernels, ranks)
+    config = replace(config, tokenizer_path=command.config.tokenizer_path)
+    tokenizer = matching_tokenizer(config, meta, str(Path(command.config.data_path)), artifact)
+    generator = torch.Generator().manual_seed(command.config.seed)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = start + [int(i) for i in tokenizer.encode(command.prompt)] or [0]
+    x_BT, state, written = torch.tensor([ids], device=ranks.device), None, []
+    for _ in range(command.tokens):
+        h_BTD, state = lm.encode(x_BT, torch.ones_like(x_BT), state)
+        rows, weight, bias = lm.head(h_BTD[:, -1:])
+        logits_V = F.linear(rows[-1], weight).float() + (0.0 if bias is None else bias)
+        capped_V = softcap_torch(logits_V, config.logit_softcap, lm.softcap_kind) / meta["temperature"]
+        token = int(torch.multinomial(capped_V.softmax(-1).cpu(), 1, generator=generator))
+        if token == tokenizer.bos_id:
+            break
+        written.append(token)
+        x_BT = torch.tensor([[token]], device=ranks.device)
+    return command.prompt + tokenizer.decode(np.array(written, dtype=np.int64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """Where a run stands, from which every schedule is computed."""
+
+    step: int
+    elapsed_s: float
+
+    def fraction(self, config: Config) -> float:
+        by_steps = self.step / config.iterations
+        by_time = self.elapsed_s / config.max_wallclock_seconds if config.max_wallclock_seconds > 0 else 0.0
+        return min({"steps": by_steps, "time": by_time, "auto": max(by_steps, by_time)}[config.warmdown_by], 1.0)
+
+
+def learning_rate_scale(at: Progress, config: Config) -> float:
+    """Linear warmup over lr_warmup_steps, then 1, then linear to 0 over the last warmdown_fraction."""
+    warmup = min((at.step + 1) / config.lr_warmup_steps, 1.0) if config.lr_warmup_steps else 1.0
+    left = 1.0 - at.fraction(config)
+    return warmup * (min(left / config.warmdown_fraction, 1.0) if config.warmdown_fraction > 0 else 1.0)
+
+
+def momentum_at(step: int, config: Config) -> float:
+    share = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
+    return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
+
+
+def on_grid_at(at: Progress, config: Config) -> bool:
+    return config.qat_fraction > 0 and at.fraction(config) >= 1.0 - config.qat_fraction
+
+
+def sigreg_lambda_at(at: Progress, config: Config) -> float:
+    return config.sigreg_lambda * (min(at.fraction(config) / 0.3, 1.0) if config.sigreg_schedule else 1.0)
+
+
+class Trainer:
+    """Model, masters and optimizers, and what one step does to them."""
+
+    def __init__(self, config: Config, kernels: Kernels, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.model = TrainingModel(config, kernels).to(ranks.device)
+        self.masters = Masters(self.model, config, compute_dtype(ranks.device))
+        self.optimizers = build_optimizers(self.model, self.masters, config)
+        self.base_lr = {"muon": config.matrix_lr, "embed": config.embed_lr, "scalar": config.scalar_lr}
+        self.loss = torch.compile(self.model) if config.compile_model else self.model
+
+    def gradients(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
+        """Forward and backward over the micro-batches of a step; masters' gradients summed over ranks."""
+        c = self.config
+        self.masters.flat_gradient.zero_()
+        rows = batch.x_BT.shape[0]
+        micro = max(1, min(rows, c.micro_batch_tokens // c.train_seq_len))
+        positions = self.model.sigreg_positions(at.step, c.train_seq_len)
+        totals: dict[str, Tensor] = {}
+        for i in range(0, rows, micro):
+            x, y, documents = (t[i : i + micro] for t in batch[:3])
+            loss, parts = self.loss(x, y, documents if c.document_reset else None, sigreg_lambda_at(at, c), positions)
+            loss.backward()
+            share = x.shape[0] / rows
+            self.masters.accumulate_gradients(share / self.ranks.world)
+            for key, value in parts.items():
+                totals[key] = totals.get(key, 0.0) + share * value
+        self.ranks.sum(self.masters.flat_gradient)
+        return totals
+
+    def step(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
+        """One optimizer step. Returns this rank's detached losses, and the gradient norm before clipping."""
+        c = self.config
+        losses = self.gradients(batch, at)
+        norm = torch.linalg.vector_norm(self.masters.flat_gradient)
+        if c.grad_clip_norm > 0:
+            self.masters.flat_gradient.mul_(torch.clamp(c.grad_clip_norm / (norm + 1e-6), max=1.0))
+        scale = learning_rate_scale(at, c)
+        for kind, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.base_lr[kind] * scale
+                if kind == "muon":
+                    group["momentum"] = momentum_at(at.step, c)
+            optimizer.step()
+        after = Progress(at.step + 1, at.elapsed_s)
+        if c.ema_decay > 0 and after.fraction(c) >= c.ema_start_fraction:
+            self.masters.update_ema(c.ema_decay)
+        self.masters.publish(on_grid_at(after, c))
+        return losses | {"grad_norm": norm}
+
+    @contextlib.contextmanager
+    def rehearsal(self, at: Progress) -> Iterator[None]:
+        """Whatever happens inside leaves weights, optimizers and averages as they were, bit for bit."""
+        weights = {name: p.detach().clone() for name, p in self.masters.master.items()}
+        averages = {name: t.clone() for name, t in self.masters.ema.items()}
+        states = {kind: copy.deepcopy(o.state_dict()) for kind, o in self.optimizers.items()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.masters.master.items():
+                    parameter.copy_(weights[name])
+            self.masters.ema = averages
+            for kind, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(states[kind])
+            self.masters.publish(on_grid_at(at, self.config))
+
+    def rehearse(self, loader: TokenLoader, at: Progress) -> float:
+        """Run the warmup steps and a temperature search, undo them, and return the seconds the search took."""
+        if self.config.warmup_steps == 0 or at.fraction(self.config) >= 1.0:
+            return 0.0
+        prefetcher = Prefetcher(loader, self.ranks.device)
+        with self.rehearsal(at):
+            for _ in range(self.config.warmup_steps):
+                self.step(prefetcher.next(), at)
+            search_s = 0.0
+            if self.config.temp_scaling:
+                started_s = time.perf_counter()
+                self.temperature([prefetcher.next() for _ in range(self.calibration_batches())])
+                search_s = time.perf_counter() - started_s
+        prefetcher.close()
+        return search_s
+
+    def calibration_batches(self) -> int:
+        return max(1, round(self.config.temp_calib_tokens / self.config.train_batch_tokens))
+
+    def temperature(self, batches: Sequence[StepBatch]) -> float:
+        """Temperature of the weights that would ship, on training text."""
+        x_BT, y_BT, documents_BT = (torch.cat([b[i] for b in batches]) for i in range(3))
+        rows = max(1, self.config.temp_calib_tokens // self.config.train_seq_len // self.ranks.world)
+        micro = max(1, self.config.micro_batch_tokens // self.config.train_seq_len)
+        with self.masters.as_shipped(training_on_grid=True):
+            return search_temperature(self.model.lm, x_BT[:rows], y_BT[:rows], documents_BT[:rows], micro, self.ranks)
+
+
+class Console:
+    """Live progress on a terminal; elsewhere one line per log event (printed by the caller)."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.bar, self.task = config, None, None
+        if ranks.leads and sys.stdout.isatty():
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as LiveProgress
+
+            columns = (
+                TextColumn("[bold]train"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f}%"),
+                TextColumn("{task.description}"),
+            )
+            self.bar = LiveProgress(*columns, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("first step", total=1.0)
+
+    def update(self, at: Progress, line: str) -> None:
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=at.fraction(self.config), description=line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def eta_text(at: Progress, config: Config) -> str:
+    done = at.fraction(config)
+    left_s = at.elapsed_s * (1 - done) / done if done > 0 else 0.0
+    return f"{int(left_s) // 60}:{int(left_s) % 60:02d}"
+
+
+def train(command: Command, ranks: Ranks) -> dict[str, Any]:
+    """Train, export and score as configured; returns the summary, which is also in the run folder."""
+    config = command.config
+    folder = RunFolder(config, ranks)
+    kernels = select_kernels(config.kernels, ranks.device)
+    tokenizer = open_tokenizer(config, config.data_path)
+    table = byte_table(tokenizer)
+    train_shards = list_shards(str(Path(config.data_path) / "*_train_*.bin"))
+    val_pattern = command.val or str(Path(config.data_path) / "*_val_*.bin")
+    val_tokens = open_tokens(val_pattern, config.vocab_size)
+    original_bytes = None if tokenizer.lossless else manifest_original_bytes(val_pattern, len(val_tokens))
+    batch_rows = config.train_batch_tokens // config.train_seq_len
+    if batch_rows % ranks.world:
+        raise ConfigError(f"train_batch_tokens is {batch_rows} windows, not a multiple of {ranks.world} ranks")
+
+    def new_loader() -> TokenLoader:
+        return TokenLoader(
+            train_shards,
+            seq_len=config.train_seq_len,
+            batch_sequences=batch_rows,
+            rank=ranks.rank,
+            world_size=ranks.world,
+            seed=config.seed,
+            bos_id=tokenizer.bos_id,
+            vocab_size=config.vocab_size,
+        )
+
+    folder.open(command)
+    trainer = Trainer(config, kernels, ranks)
+    step, elapsed_s, loader_state = load_checkpoint(folder, trainer.masters, trainer.optimizers)
+    at = Progress(step, elapsed_s)
+    trainer.masters.publish(on_grid_at(at, config))
+    loader = new_loader()
+    if loader_state is not None:
+        loader.restore(loader_state)
+    folder.begin_logs(step, ranks.device, kernels)
+    shipped = sum(p.numel() for p in trainer.model.lm.parameters())
+    training_only = sum(p.numel() for p in trainer.masters.master.values()) - shipped
+    folder.text(
+        f"parameters: {shipped:,} shipped, {training_only:,} training only; step {step}, {elapsed_s:.1f} s behind us"
+    )
+
+    def score(mode: str, on_grid: bool = True, temperature: float = 1.0, limit: int = 0) -> Score:
+        """The weights that would ship (or their float form), on all validation tokens or the first `limit`."""
+        tokens = val_tokens[: limit + 1] if limit else val_tokens
+        whole = len(tokens) == len(val_tokens)
+        with trainer.masters.as_shipped(on_grid_at(at, config), on_grid):
+            return score_tokens(
+                trainer.model.lm,
+                tokens,
+                table,
+                config,
+                mode=mode,
+                temperature=temperature,
+                bos_id=tokenizer.bos_id,
+                original_bytes=original_bytes if whole else None,
+                ranks=ranks,
+            )
+
+    def validate() -> None:
+        result = score("standard", limit=config.val_max_tokens)
+        folder.text(
+            f"step {at.step}: val_bpb {result.bpb:.4f} val_loss {result.loss:.4f} over {result.tokens:,} tokens"
+        )
+        folder.event(
+            event="validation",
+            step=at.step,
+            elapsed_s=at.elapsed_s,
+            val_bpb=result.bpb,
+            val_loss=result.loss,
+            val_tokens=result.tokens,
+            trained_tokens=at.step * config.train_batch_tokens,
+        )
+
+    def checkpoint() -> None:
+        if ranks.leads:
+            save_checkpoint(folder, trainer.masters, trainer.optimizers, at.step, at.elapsed_s, batch_state)
+        ranks.barrier()
+
+    search_s = trainer.rehearse(new_loader(), at)
+    reserve_s = ranks.from_leader(1.25 * search_s) if config.max_wallclock_seconds > 0 else 0.0
+    prefetcher, console, clock = Prefetcher(loader, ranks.device), Console(config, ranks), Clock(ranks, elapsed_s)
+    batch_state: dict[str, Any] = loader_state or loader.state()
+    interrupted = False
+
+    def interrupt(signum: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    previous_handler = signal.signal(signal.SIGTERM, interrupt)
+    last_step_s, logged_at = 0.0, at
+    clock.start()
+    while at.step < config.iterations:
+        if 0 < config.max_wallclock_seconds <= at.elapsed_s + last_step_s + reserve_s:
+            break
+        batch = prefetcher.next()
+        losses = trainer.step(batch, at)
+        batch_state = batch.loader_state
+        elapsed_s = clock.read_s()
+        last_step_s = max(elapsed_s - at.elapsed_s, 0.0)
+        at = Progress(at.step + 1, elapsed_s)
+        if config.train_log_every > 0 and (at.step % config.train_log_every == 0 or at.step == 1):
+            stacked = ranks.sum(torch.stack([v.detach().float() for v in losses.values()])) / ranks.world
+            values = dict(zip(losses, stacked.tolist(), strict=True))
+            if not all(math.isfinite(v) for v in values.values()):
+                raise GolfError(
+                    f"step {at.step}: losses are not finite ({values}); lower the learning rates or look at the data"
+                )
+            x, y = batch.x_BT.cpu().numpy().ravel(), batch.y_BT.cpu().numpy().ravel()
+            nats = values.get("ce", math.nan) * len(y)
+            values["train_bpb"] = bits_per_byte(nats, int(token_bytes(table, x, y).sum()))
+            tokens_per_s = (
+                (at.step - logged_at.step) * config.train_batch_tokens / max(at.elapsed_s - logged_at.elapsed_s, 1e-9)
+            )
+            logged_at = at
+            folder.event(
+                event="step",
+                step=at.step,
+                elapsed_s=at.elapsed_s,
+                tokens=at.step * config.train_batch_tokens,
+                tokens_per_s=tokens_per_s,
+                lr_scale=learning_rate_scale(at, config),
+                **values,
+            )
+            line = (
+                f"step {at.step} loss {values['loss']:.4f} bpb {values['train_bpb']:.4f} {tokens_per_s:,.0f} tokens/s "
+                f"{at.elapsed_s:.1f} s ETA {eta_text(at, config)}"
+            )
+            console.update(at, line)
+            folder.text(line, console=console.bar is None)
+        stopping = ranks.from_leader(interrupted) if ranks.world > 1 else interrupted
+        due = config.checkpoint_every > 0 and at.step % config.checkpoint_every == 0
+        validating = config.val_loss_every > 0 and at.step % config.val_loss_every == 0 and at.step < config.iterations
+        if due or stopping or validating:
+            at = Progress(at.step, clock.stop())  # neither saving nor validating teaches the model
+            if due or stopping:
+                checkpoint()
+            if stopping:
+                prefetcher.close()
+                console.close()
+                folder.text(f"interrupted at step {at.step}: checkpoint saved; the same command goes on from here")
+                raise SystemExit(0)
+            if validating:
+                validate()
+            clock.start()
+    temperature = 1.0
+    if config.temp_scaling:
+        temperature = trainer.temperature([prefetcher.next() for _ in range(trainer.calibration_batches())])
+    train_s = clock.stop()
+    signal.signal(signal.SIGTERM, previous_handler)
+    prefetcher.close()
+    console.close()
+    folder.text(f"trained {at.step} steps in {train_s:.2f} s; temperature {temperature:.2f}")
+
+    headline = config.modes()[0]
+    trainer.masters.publish(True, trainer.masters.shipped())
+    diagnostics = {}
+    if config.jepa_diagnostics and ranks.leads:
+        diagnostics = jepa_diagnostics(trainer.model, val_tokens, table, config, tokenizer.bos_id, ranks.device)
+        folder.event(event="diagnostics", step=at.step, **diagnostics)
+    ranks.barrier()
+    floating = score(headline, on_grid=False, temperature=temperature)
+    report = export_artifact(folder.artifact, trainer.masters, config, tokenizer, temperature) if ranks.leads else None
+    ranks.barrier()
+    scored = score_artifact(command, folder.artifact, val_pattern, ranks)
+    if report is None:
+        return {}
+    code_bytes = sum(len(text.encode()) for text in our_sources().values())
+    total_bytes = code_bytes + scored["artifact_bytes"]
+    summary = {
+        "val_bpb": scored["val_bpb"],
+        "val_loss": scored["val_loss"],
+        "val_tokens": scored["val_tokens"],
+        "val_bytes": scored["val_bytes"],
+        "byte_source": scored["byte_source"],
+        "eval_mode": scored["eval_mode"],
+        "float_val_bpb": floating.bpb,
+        "quantization_gap_bpb": scored["val_bpb"] - floating.bpb,
+        "temperature": temperature,
+        "artifact_bytes": scored["artifact_bytes"],
+        "code_bytes": code_bytes,
+        "total_bytes": total_bytes,
+        "params": shipped,
+        "training_only_params": training_only,
+        "steps": at.step,
+        "tokens": at.step * config.train_batch_tokens,
+        "train_s": train_s,
+        "eval_s": scored["eval_s"],
+        "seed": config.seed,
+        "world_size": ranks.world,
+        "kernels": kernels.name,
+        "scores": scored["scores"],
+        "jepa_diagnostics": diagnostics,
+        "artifact_sha256": scored["artifact_sha256"],
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_lossless": tokenizer.lossless,
+        "val_sha256": scored["val_sha256"],
+        "preset": command.preset,
+        "config": asdict(config),
+        "git": git_state(),
+        "environment": versions_and_hardware(ranks.device),
+    }
+    if config.budget_bytes:
+        check_budget(total_bytes, config.budget_bytes)
+    write_atomically(folder.summary, json.dumps(summary, indent=1).encode())
+    folder.event(
+        event="result", step=at.step, elapsed_s=train_s, val_bpb=summary["val_bpb"], float_val_bpb=floating.bpb
+    )
+    folder.text(format_size_table(report, code_bytes))
+    folder.text(
+        f"{folder.artifact}: val_bpb {summary['val_bpb']:.4f} ({headline}, read back from disk), "
+        f"float {floating.bpb:.4f}, {total_bytes:,} bytes of code and weights"
+    )
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (2 for input that cannot be used)."""
+    try:
+        command = parse_command(sys.argv[1:] if argv is None else argv, os.environ)
+        ranks = join_ranks(command.config.device, os.environ)
+        try:
+            if command.score:
+                pattern = command.val or str(Path(command.config.data_path) / "*_val_*.bin")
+                result = score_artifact(command, command.score, pattern, ranks)
+                if ranks.leads:
+                    print(json.dumps(result))
+            elif command.generate:
+                print(generate_text(command, command.generate, ranks))
+            else:
+                train(command, ranks)
+        finally:
+            if ranks.world > 1:
+                dist.destroy_process_group()
+    except GolfError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
