@@ -154,15 +154,25 @@ def _play_video(path: Path) -> tuple[float, Iterator[Image.Image]]:
         raise DataError(f"{path}: ffmpeg cannot read it ({str(error).strip()[:200]}): convert or remove it") from error
     assert isinstance(meta, dict)
     size = tuple(meta["size"])
+    fps = float(meta.get("fps") or 0)
+    promised_frames = float(meta.get("duration") or 0) * fps
 
     def frames() -> Iterator[Image.Image]:
+        count = 0
         try:
             for raw in stream:
                 yield Image.frombuffer("RGB", size, raw)
+                count += 1
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path}: ffmpeg stopped ({str(error).strip()[:200]}): convert or remove it") from error
+        # ffmpeg ends quietly where a file is cut off; durations are rounded, hence the slack.
+        if count < 0.95 * promised_frames - 2:
+            raise DataError(
+                f"{path}: {count} frames could be decoded of about {promised_frames:.0f} that it promises: damaged or "
+                "cut off; convert or remove it"
+            )
 
-    return float(meta.get("fps") or 0), frames()
+    return fps, frames()
 
 
 def _play_gif(path: Path) -> tuple[float, Iterator[Image.Image]]:
