@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from common.errors import ConfigError
+from worldmodel.data.collect import CollectConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -436,3 +437,16 @@ def resume_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[s
 
     walk(saved, current, "")
     return differences
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that `python -m worldmodel coinrun` needs; see `worldmodel/configs`. Paths are filled in by the command."""
+
+    collect: CollectConfig
+    tokenizer: TrainConfig
+    dynamics: TrainConfig
+    dynamics_latent: TrainConfig
+    evaluate: EvaluateConfig
+    grid: str = "int8"
+    rollout_clips: int = 4
