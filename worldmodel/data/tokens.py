@@ -50,6 +50,16 @@ class TokenizerInfo:
             raise ConfigError(f"{self}: expected a positive vocabulary and tokens per frame and no negative context")
 
 
+def require_tokenizer(token_dir: str | Path, sha256: str) -> None:
+    """Raise DataError unless a token set was made by the tokenizer with this digest."""
+    made_by = read_manifest(token_dir).get("source", {}).get("tokenizer", {}).get("sha256")
+    if made_by != sha256:
+        raise DataError(
+            f"{token_dir}: made by tokenizer {made_by}, this run uses {sha256}: name that tokenizer's run, or run "
+            "`python -m worldmodel tokenize` again"
+        )
+
+
 def _chunks(num_frames: int, chunk_frames: int, context_frames: int) -> Iterator[tuple[int, int, int]]:
     """(first frame read, frames read, frames of those that only give context), every frame kept exactly once."""
     length = chunk_frames + context_frames

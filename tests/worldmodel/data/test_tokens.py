@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import ConfigError, DataError
 from worldmodel.data.records import find_problems, open_dataset
-from worldmodel.data.tokens import TokenizerInfo, write_token_set
+from worldmodel.data.tokens import TokenizerInfo, require_tokenizer, write_token_set
 
 MakeSet = Callable[..., Path]
 
@@ -93,6 +93,9 @@ def test_another_tokenizer_needs_overwrite(make_set: MakeSet, tmp_path: Path) ->
         data_dir, out_dir, with_memory(0), TokenizerInfo("two", 256, 2), overwrite=True, quiet=True
     )
     assert manifest["source"]["tokenizer"]["sha256"] == "two"
+    require_tokenizer(out_dir, "two")
+    with pytest.raises(DataError, match="made by tokenizer two, this run uses one"):
+        require_tokenizer(out_dir, "one")
 
 
 def test_large_vocabularies_fit(make_set: MakeSet, tmp_path: Path) -> None:
