@@ -122,7 +122,9 @@ def run_coinrun(config: CoinrunConfig) -> dict[str, Any]:
             stage = dataclasses.replace(stage, token_dir=token_dir)
         summaries[name] = timer.run(name, lambda stage=stage: train(stage))
         if summaries[name]["status"] != "finished":
-            raise ConfigError(f"stage {name} was stopped at step {summaries[name]['steps']}; run the same command to go on")
+            raise ConfigError(
+                f"stage {name} was stopped at step {summaries[name]['steps']}; run the same command to go on"
+            )
     worlds = {name: load_world(str(root / name)) for name in ("dynamics", "dynamics_latent")}
     evaluation: dict[str, Any] = {"profile": config.profile, "hardware": hardware_line()}
     for name, world in worlds.items():

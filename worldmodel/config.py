@@ -1,6 +1,6 @@
 """Typed configuration of every stage: frozen dataclasses, strict JSON, and the comparison that guards a resume.
 
-One `TrainConfig` describes one stage of training (tokenizer, latent actions or dynamics). A preset (`worldmodel/configs`)
+One `TrainConfig` describes one stage of training (tokenizer, latent actions, dynamics). A preset (`worldmodel/configs`)
 is a set of such configs plus the collection, rollout and evaluation settings that go with them.
 """
 
@@ -34,7 +34,8 @@ class FrameConfig:
     def __post_init__(self) -> None:
         if self.height % self.patch or self.width % self.patch:
             raise ConfigError(
-                f"frame {self.height}x{self.width} is not a multiple of patch {self.patch}; choose a patch that divides both"
+                f"frame {self.height}x{self.width} is not a multiple of patch {self.patch}; "
+                "choose a patch that divides both"
             )
 
     @property
@@ -441,7 +442,7 @@ def resume_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[s
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything that `python -m worldmodel coinrun` needs; see `worldmodel/configs`. Paths are filled in by the command."""
+    """Everything that `python -m worldmodel coinrun` needs (see `worldmodel/configs`); it fills the paths in."""
 
     collect: CollectConfig
     tokenizer: TrainConfig

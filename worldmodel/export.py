@@ -18,6 +18,7 @@ from common.artifact.container import load_artifact, save_artifact
 from common.errors import ArtifactError, CheckpointError, ConfigError
 from common.quant.grid import GridSpec, QuantizedTensor, quantize
 from worldmodel.config import TrainConfig, from_dict, to_dict
+from worldmodel.data.tokenize import tokenizer_sha256
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.rollout.world import World
 from worldmodel.train.restore import empty_dynamics
@@ -105,7 +106,7 @@ def export_world(world: World, path: str | Path, *, grid: str = "int8", overwrit
         "grid": grid,
         "num_actions": world.num_actions,
         "config": to_dict(world.config),
-        "tokenizer_sha256": weights_sha256(world.tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(world.tokenizer),
         "dynamics_sha256": weights_sha256(world.dynamics),
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,9 @@ def load_exported(path: str | Path) -> World:
     """
     tensors, meta = load_artifact(path)
     if meta.get("format") != FORMAT or not isinstance(meta.get("num_actions"), int):
-        raise ArtifactError(f"{path}: meta format is {meta.get('format')!r}, expected {FORMAT!r}: not a world-model artifact")
+        raise ArtifactError(
+            f"{path}: meta format is {meta.get('format')!r}, expected {FORMAT!r}: not a world-model artifact"
+        )
     try:
         config = from_dict(TrainConfig, meta["config"], where=str(path))
     except (ConfigError, KeyError) as error:
@@ -134,4 +137,6 @@ def load_exported(path: str | Path) -> World:
         parts[prefix][name] = value.T if quantized and name.endswith("/kernel") else value
     tokenizer = fill_model(Tokenizer(config.tokenizer, rngs=nnx.Rngs(0)), parts["tokenizer"], where=str(path))
     dynamics = fill_model(empty_dynamics(config, meta["num_actions"]), parts["dynamics"], where=str(path))
-    return World(config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta['grid']}) {Path(path).name}")
+    return World(
+        config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta['grid']}) {Path(path).name}"
+    )

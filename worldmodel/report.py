@@ -48,7 +48,8 @@ def curve_svg(points: list[tuple[float, float]], title: str) -> str:
         f'<figure><svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f'<path d="M{MARGIN},10 V{bottom} H{WIDTH - 10}" fill="none" stroke="#8c959f"/>'
         f'<polyline points="{line}" fill="none" stroke="#0969da" stroke-width="1.5"/>'
-        f'<g font-size="11" fill="#57606a"><text x="2" y="16">{high:.3g}</text><text x="2" y="{bottom}">{low:.3g}</text>'
+        f'<g font-size="11" fill="#57606a"><text x="2" y="16">{high:.3g}</text>'
+        f'<text x="2" y="{bottom}">{low:.3g}</text>'
         f'<text x="{MARGIN}" y="{HEIGHT - 14}">{xs[0]:.0f}</text>'
         f'<text x="{WIDTH - 10}" y="{HEIGHT - 14}" text-anchor="end">{xs[-1]:.0f} steps</text></g></svg>'
         f"<figcaption>{html.escape(title)}, last {ys[-1]:.4g}</figcaption></figure>"
@@ -89,7 +90,10 @@ def _world_section(name: str, scores: dict[str, Any]) -> str:
         ["teacher-forced bits a frame", interval(stored["teacher_forced_bits_per_frame"])],
         ["tokens in use", f"{stored['codebook']['used']} of {stored['codebook']['of']}"],
         ["actions in use", f"{stored['action_codes']['used']} of {stored['action_codes']['of']}"],
-        ["frames/s at batch 1", f"{speed['frames_per_s']:.1f} (p50 {speed['p50_ms']:.1f} ms, p95 {speed['p95_ms']:.1f} ms)"],
+        [
+            "frames/s at batch 1",
+            f"{speed['frames_per_s']:.1f} (p50 {speed['p50_ms']:.1f} ms, p95 {speed['p95_ms']:.1f} ms)",
+        ],
         ["MFU against a measured matmul", f"{100 * speed['mfu']:.1f}%"],
         ["artifact, bytes", f"{scores['artifact_bytes']:,}"],
     ]
@@ -117,7 +121,8 @@ def write_report(root: Path, evaluation: dict[str, Any], stages: list[str]) -> P
         The page.
     """
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>World model {html.escape(evaluation['profile'])}</title>",
+        f"<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>World model {html.escape(evaluation['profile'])}</title>",
         f"<style>{STYLE}</style><h1>CoinRun world model, profile {html.escape(evaluation['profile'])}</h1>",
         f"<p>{html.escape(evaluation['hardware'])}; {evaluation['seconds_total'] / 60:.1f} minutes in all.</p>",
     ]

@@ -116,7 +116,9 @@ class RunLog:
             try:
                 import wandb as wandb_module  # pyright: ignore[reportMissingImports]
             except ImportError as error:
-                raise ConfigError("wandb is on but the package is not installed; install it or turn wandb off") from error
+                raise ConfigError(
+                    "wandb is on but the package is not installed; install it or turn wandb off"
+                ) from error
             self._wandb = wandb_module.init(dir=str(run.path), name=run.path.name)
 
     def _read_lines(self) -> list[str]:

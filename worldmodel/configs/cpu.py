@@ -51,9 +51,7 @@ def _dynamics(source: str, steps: int) -> TrainConfig:
         tokenizer=_TOKENIZER,
         lam=_LAM,
         dynamics=DynamicsConfig(blocks=_BLOCKS, action_source=source),  # pyright: ignore[reportArgumentType]
-        optim=OptimConfig(
-            learning_rate=2e-3, warmup_steps=50, decay_steps=steps // 2, beta2=0.95, gradient_clip=1.0
-        ),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, decay_steps=steps // 2, beta2=0.95, gradient_clip=1.0),
         steps=steps,
         batch_size=24,
         seq_len=6,
@@ -82,5 +80,7 @@ PROFILE = Profile(
     ),
     dynamics=_dynamics("ground-truth", 2000),
     dynamics_latent=_dynamics("latent", 1000),
-    evaluate=EvaluateConfig(clips=1024, batch_size=64, rollout=RolloutConfig(prompt_frames=4, horizon=15, decode_steps=2)),
+    evaluate=EvaluateConfig(
+        clips=1024, batch_size=64, rollout=RolloutConfig(prompt_frames=4, horizon=15, decode_steps=2)
+    ),
 )

@@ -70,7 +70,5 @@ PROFILE = Profile(
     ),
     dynamics=_dynamics("dynamics"),  # pyright: ignore[reportArgumentType]
     dynamics_latent=_dynamics("dynamics_latent"),  # pyright: ignore[reportArgumentType]
-    evaluate=dataclasses.replace(
-        _BASE.evaluate, rollout=dataclasses.replace(_BASE.evaluate.rollout, decode_steps=4)
-    ),
+    evaluate=dataclasses.replace(_BASE.evaluate, rollout=dataclasses.replace(_BASE.evaluate.rollout, decode_steps=4)),
 )

@@ -6,8 +6,8 @@ Cost: 300k tokenizer steps at batch 48 and 200k dynamics steps at batch 36, twic
 measured here.
 Expected: the published curves; prepended actions give faithful rollouts.
 
-Two deliberate differences from the published defaults: masking of the current frame against a clean history (the published
-one is `--masking all`), and a vector-quantization loss for co-trained latent actions, which the published code lacks.
+Two deliberate differences from the published defaults: masking of the current frame against a clean history (published:
+ `--masking all`), and a vector-quantization loss for co-trained latent actions, which the published code lacks.
 """
 
 from __future__ import annotations

@@ -119,7 +119,9 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
         add("bits", bits_of(tokens, jnp.asarray(driven))[:valid, prompt - 1 :])
         add("tokens", tokens[:valid].reshape(valid, -1))
         add("actions", driven[:valid])
-    data = {name: np.concatenate(parts).astype(np.float64 if "_" in name else None) for name, parts in collected.items()}
+    data = {
+        name: np.concatenate(parts).astype(np.float64 if "_" in name else None) for name, parts in collected.items()
+    }
     boot = {"samples": config.bootstrap_samples, "seed": config.seed}
     by_horizon: dict[str, Any] = {}
     for h in config.horizons:
@@ -175,7 +177,9 @@ def usage(codes: np.ndarray, count: int) -> dict[str, Any]:
     return result
 
 
-def measure_speed(world: World, frames_BTHWC: np.ndarray, actions_BT: np.ndarray, config: EvaluateConfig) -> dict[str, Any]:
+def measure_speed(
+    world: World, frames_BTHWC: np.ndarray, actions_BT: np.ndarray, config: EvaluateConfig
+) -> dict[str, Any]:
     """Interactive speed at batch 1, pixels included, and the share of the measured matmul rate that it reaches.
 
     Args:

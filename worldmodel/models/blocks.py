@@ -1,4 +1,4 @@
-"""Spatio-temporal transformer: attention inside a frame, causal attention along time at each place, then a feed-forward.
+"""Spatio-temporal transformer: attention inside a frame, causal attention along time at each place, feed-forward.
 
 Legend: B batch · T time (frames) · N tokens of a frame, extra tokens such as an action included · D model width ·
 H heads · K size of a head · F feed-forward width · Q queries · S keys · W temporal window in frames · X any batch.
@@ -229,7 +229,7 @@ def split_key(key: Array | None, count: int) -> list[Array | None]:
 
 
 class STTransformer(nnx.Module):
-    """A stack of `STBlock`s with position codes, in three exact forms: whole clips, two streams, and one cached frame."""
+    """A stack of `STBlock`s with position codes, in three exact forms: clips, two streams, one cached frame."""
 
     def __init__(self, config: BlockConfig, *, rows: int, columns: int, prefix: int = 0, rngs: nnx.Rngs) -> None:
         self.config, self.rows, self.columns, self.prefix = config, rows, columns, prefix
@@ -301,7 +301,7 @@ class STTransformer(nnx.Module):
     def two_stream(self, clean_BTND: Array, masked_BTND: Array, *, key: Array | None = None) -> Array:
         """A masked copy of every frame, attending to the *clean* frames before it and to itself.
 
-        This is what sampling sees: finished frames in the past, an unfinished one at present. Frame t of the result equals
+        This is what sampling sees: finished frames in the past, an unfinished one now. Frame t of the result equals
         `cached_frame` after frames 0..t-1 of the clean stream were remembered.
 
         Args:
@@ -322,9 +322,7 @@ class STTransformer(nnx.Module):
         own = np.eye(T, dtype=bool)
         clean_TT = jnp.asarray(causal)
         masked_TS = jnp.asarray(np.concatenate([causal & ~own, own], axis=1))
-        for index, (block, block_key) in enumerate(
-            zip(self.blocks, split_key(key, self.config.layers), strict=True)
-        ):
+        for index, (block, block_key) in enumerate(zip(self.blocks, split_key(key, self.config.layers), strict=True)):
             k1, k2, k3, k4 = split_key(block_key, 4)
             x = block.attend_space(x, space_NA, k1)
             q, k, v = block.project_time(x, time_TA)

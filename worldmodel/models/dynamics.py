@@ -71,9 +71,7 @@ class Dynamics(nnx.Module):
         self.num_codes = codes_VL.shape[0]
         dim = config.blocks.dim
         prefix = 1 if config.action_conditioning == "prepend" else 0
-        self.blocks = STTransformer(
-            config.blocks, rows=frame.rows, columns=frame.columns, prefix=prefix, rngs=rngs
-        )
+        self.blocks = STTransformer(config.blocks, rows=frame.rows, columns=frame.columns, prefix=prefix, rngs=rngs)
         if config.tie_codebook:
             spread = max(float(np.std(codes_VL)), 1e-6)
             self.codes_VL = Stats(jnp.asarray((codes_VL - codes_VL.mean(axis=0)) / spread, jnp.float32))
@@ -154,7 +152,7 @@ class Dynamics(nnx.Module):
         return DynamicsOutput(self.score(hidden_BTND, table_VD), masked_BTN)
 
     def next_frame_logits(self, tokens_BTN: Array, masked_BN: Array, action_BTD: Array) -> Array:
-        """Logits (B, N, V) of the last frame, partly masked, after clean earlier frames; recomputes the whole history."""
+        """Logits (B, N, V) of the last frame, partly masked, after clean earlier frames; recomputes all of them."""
         table_VD = self.token_vectors()
         T = tokens_BTN.shape[1]
         last_T = (jnp.arange(T) == T - 1)[None, :, None]

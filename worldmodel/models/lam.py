@@ -1,6 +1,6 @@
 """Latent action model: what happened between two frames, as one of a few codes, learned without action labels.
 
-Legend: B batch · T time · N patches of a frame · P numbers of a patch · D width · L latent size · A transitions (T - 1).
+Legend: B batch · T time · N patches of a frame · P numbers of a patch · D width · L latent size · A transitions.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class FiniteScalarQuantizer(nnx.Module):
         """Bound, round and number the latents; the loss is zero. See `VectorQuantizer.__call__`."""
         levels = jnp.asarray(self.levels, jnp.float32)
         half_range = (levels - 1.0) * (1.0 - 1e-3) / 2.0
-        # Even level counts have no middle level: shift by half a step so that rounding still gives exactly `levels` values.
+        # Even level counts have no middle level: shift by half a step so that rounding gives exactly `levels` values.
         offset = jnp.where(levels % 2 == 0, 0.5, 0.0)
         bounded_XL = jnp.tanh(latent_XL.astype(jnp.float32) + jnp.arctanh(offset / half_range)) * half_range - offset
         rounded_XL = bounded_XL + jax.lax.stop_gradient(jnp.round(bounded_XL) - bounded_XL)
@@ -216,7 +216,7 @@ def _lloyd(points_CSL: Array, centre_VL: Array, key: Array, iterations: int) -> 
     for step in range(iterations):
         total_VL, number_V, distance2_S = _assign(points_CSL, centre_VL)
         # Game frames are mostly background: random restarts would land there again and again. Drawing in proportion to
-        # the squared error (as k-means++ does) puts centres where they reduce it. Gumbel top-k draws without replacement.
+        # the squared error (as k-means++ does) puts centres where they help. Gumbel top-k draws without replacement.
         noise_S = jax.random.gumbel(jax.random.fold_in(key, step + 2), distance2_S.shape)
         _, pick_V = jax.lax.top_k(jnp.log(jnp.maximum(distance2_S, 1e-12)) + noise_S, number_V.shape[0])
         mean_VL = total_VL / jnp.maximum(number_V, 1.0)[:, None]

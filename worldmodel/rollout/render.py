@@ -87,7 +87,9 @@ def sheet(rows: list[Row], *, scale: int = 2, every: int = 1) -> np.ndarray:
     for row in rows:
         frames = [np.kron(frame, np.ones((scale, scale, 1), np.uint8)) for frame in row.frames_THWC[::every]]
         padded = [np.pad(frame, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for frame in frames]
-        label = np.pad(_label_image(row.label, row.frames_THWC.shape[1], scale), ((0, GAP), (0, 0), (0, 0)), mode="edge")
+        label = np.pad(
+            _label_image(row.label, row.frames_THWC.shape[1], scale), ((0, GAP), (0, 0), (0, 0)), mode="edge"
+        )
         lines.append(np.concatenate([label, *padded], axis=1))
     return np.concatenate(lines)
 
@@ -115,7 +117,9 @@ def png_bytes(image_HWC: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_picture_files(rows: list[Row], stem: Path, *, formats: tuple[str, ...], fps: float, scale: int = 2) -> list[Path]:
+def write_picture_files(
+    rows: list[Row], stem: Path, *, formats: tuple[str, ...], fps: float, scale: int = 2
+) -> list[Path]:
     """Write a grid as `stem`.png, .gif and .mp4.
 
     Args:

@@ -157,9 +157,7 @@ def rollout_tokens(model: Dynamics, prompt_BPN: Array, actions_BA: Array, config
 
     def advance(memory: list[LayerMemory], inputs: tuple[Array, Array]) -> tuple[list[LayerMemory], Array]:
         action_BD, time = inputs
-        tokens_BN, memory = cached_next_frame(
-            model, memory, action_BD, time, config, jax.random.fold_in(key, time)
-        )
+        tokens_BN, memory = cached_next_frame(model, memory, action_BD, time, config, jax.random.fold_in(key, time))
         return memory, tokens_BN
 
     times = jnp.arange(P, P + F)

@@ -80,7 +80,7 @@ class World:
         return self._decode(self._values[0], tokens_BTN)
 
     def actions_of(self, frames_BTHWC: np.ndarray, actions_BT: np.ndarray) -> np.ndarray:
-        """The actions that this world is driven by, for true clips: recorded ones, or inferred latent ones (B, T - 1)."""
+        """The actions that drive this world on true clips: recorded, or inferred latent ones (B, T - 1)."""
         if self.latent:
             return np.asarray(self._infer(self._values[1], frames_BTHWC))
         return actions_BT[:, :-1]
@@ -121,9 +121,7 @@ class Player:
         def step(values: Any, memory: Any, recent_BSN: Array, action_B: Array, time: Array, key: Array) -> Any:
             model = dynamics.merge(*values[1])
             action_BD = model.embed_action_codes(action_B[:, None])[:, 0]
-            tokens_BN, memory = cached_next_frame(
-                model, memory, action_BD, time, config, jax.random.fold_in(key, time)
-            )
+            tokens_BN, memory = cached_next_frame(model, memory, action_BD, time, config, jax.random.fold_in(key, time))
             recent_BSN = jnp.concatenate([recent_BSN, tokens_BN[:, None]], axis=1)[:, -self._context :]
             return memory, recent_BSN, tokenizer.merge(*values[0]).decode(recent_BSN)[:, -1]
 

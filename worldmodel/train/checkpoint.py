@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: model, optimizer, random key, loader state and config; asynchronous, atomic, with retention."""
+"""Orbax checkpoints of a run (model, optimizer, key, loader state, config): asynchronous, atomic, with retention."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Checkpoints:
         """Start writing a checkpoint; the arrays are copied before this returns, so they may be donated."""
         extra = {"config": config, "loader": encode_loader_state(loader_state)}
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)), force=True
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)),
+            force=True,
         )
 
     def restore(self, target: Tree, *, config: dict[str, Any], step: int | None = None) -> tuple[int, Tree, Any]:

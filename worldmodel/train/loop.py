@@ -24,6 +24,8 @@ from common.errors import ConfigError, DataError
 from worldmodel.config import TrainConfig, to_dict
 from worldmodel.data.pipeline import make_loader
 from worldmodel.data.records import open_dataset
+from worldmodel.data.tokenize import tokenizer_sha256
+from worldmodel.data.tokens import require_tokenizer
 from worldmodel.runs import RunFolder, RunLog
 from worldmodel.train.checkpoint import Checkpoints
 from worldmodel.train.objectives import DynamicsObjective, LamObjective, Objective, TokenizerObjective
@@ -57,7 +59,8 @@ class Source:
         if tuple(train.frame_shape) != (frame.height, frame.width, frame.channels):
             raise DataError(
                 f"{config.data_dir}: frames are {tuple(train.frame_shape)}, this configuration expects "
-                f"{(frame.height, frame.width, frame.channels)}; collect or import at that size, or change tokenizer.frame"
+                f"{(frame.height, frame.width, frame.channels)}; "
+                "collect or import at that size, or change tokenizer.frame"
             )
         self.num_actions = train.num_actions
         self._train = train
@@ -99,13 +102,17 @@ def make_objective(config: TrainConfig, num_actions: int) -> Objective:
     if not config.tokenizer_run:
         raise ConfigError("stage dynamics needs tokenizer_run, the run folder of a trained tokenizer")
     tokenizer = load_tokenizer(config.tokenizer_run, expected=config.tokenizer)
+    if config.token_dir:
+        require_tokenizer(config.token_dir, tokenizer_sha256(tokenizer))
     lam = None
     if config.dynamics.action_source == "latent-frozen":
         lam = load_lam(config.lam_run, expected=config.lam)
     return DynamicsObjective(config, tokenizer, num_actions=num_actions, lam=lam)
 
 
-def initial_state(config: TrainConfig, objective: Objective, clips: dict[str, np.ndarray] | None) -> tuple[Functional, Tree]:
+def initial_state(
+    config: TrainConfig, objective: Objective, clips: dict[str, np.ndarray] | None
+) -> tuple[Functional, Tree]:
     """A fresh model and training state.
 
     Args:
@@ -314,6 +321,8 @@ def pad_clips(clips: dict[str, np.ndarray], mesh: Mesh, keys: tuple[str, ...]) -
     devices = mesh.size
     count = len(clips["actions_BT"]) // devices * devices
     if count == 0:
-        raise DataError(f"{len(clips['actions_BT'])} validation clips cannot be split over {devices} devices; raise eval_clips")
+        raise DataError(
+            f"{len(clips['actions_BT'])} validation clips cannot be split over {devices} devices; raise eval_clips"
+        )
     wanted = set(keys) - {"tokens_BTN"} | {"frames_BTHWC"}
     return {name: value[:count] for name, value in clips.items() if name in wanted}

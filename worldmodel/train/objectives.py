@@ -152,7 +152,7 @@ class LamObjective:
 class DynamicsObjective:
     """Cross-entropy of masked tokens, plus the action codebook's loss when the action model is trained along.
 
-    The tokenizer is frozen: it enters as values of a step, never as parameters. A frozen action model enters the same way.
+    The tokenizer is frozen: it enters as values of a step, never as parameters. So does a frozen action model.
     """
 
     name = "dynamics"

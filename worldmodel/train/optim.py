@@ -33,9 +33,7 @@ def make_schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedul
         return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, 0.0)
     stable = steps - config.warmup_steps - config.decay_steps
     if stable < 0:
-        raise ConfigError(
-            f"warmup_steps {config.warmup_steps} + decay_steps {config.decay_steps} exceed steps {steps}"
-        )
+        raise ConfigError(f"warmup_steps {config.warmup_steps} + decay_steps {config.decay_steps} exceed steps {steps}")
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, peak, max(config.warmup_steps, 1)),
@@ -62,9 +60,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
     schedule = make_schedule(config, config.learning_rate, steps)
     if config.optimizer == "adamw":
-        core = optax.adamw(
-            schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask
-        )
+        core = optax.adamw(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask)
     else:
 
         def muon_dims(params: Any) -> Any:

@@ -20,7 +20,9 @@ from worldmodel.train.state import Functional, values_of
 
 def load_run_config(run_dir: str | Path) -> TrainConfig:
     """The config of a run folder."""
-    return from_dict(TrainConfig, read_json(Path(run_dir) / "config.json", what="the config of a run"), where=str(run_dir))
+    return from_dict(
+        TrainConfig, read_json(Path(run_dir) / "config.json", what="the config of a run"), where=str(run_dir)
+    )
 
 
 def load_values(run_dir: str | Path, model: Any) -> Any:

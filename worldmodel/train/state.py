@@ -1,6 +1,6 @@
 """Models as pure functions of plain dicts, the state of a training run, and where it lives on a mesh.
 
-A training state is a dict of arrays: step, params (by gradient), stats (by bookkeeping), opt (optimizer, of params only),
+A training state is a dict of arrays: step, params (by gradient), stats (by bookkeeping), opt (of params only),
 ema (average of params, or empty) and key (random key data). Frozen models are not in it.
 """
 
@@ -86,7 +86,9 @@ def fill_names(template: Tree, flat: dict[str, np.ndarray], *, where: str) -> Tr
             return {key: fill(value, f"{name}/{key}" if name else str(key)) for key, value in node.items()}
         value = np.asarray(flat[name])
         if value.shape != tuple(node.shape):
-            raise CheckpointError(f"{where}: {name} has shape {value.shape}, this configuration needs {tuple(node.shape)}")
+            raise CheckpointError(
+                f"{where}: {name} has shape {value.shape}, this configuration needs {tuple(node.shape)}"
+            )
         return jax.numpy.asarray(value.astype(node.dtype))
 
     return fill(template, "")

@@ -41,7 +41,8 @@ def saved_state(run_dir: str) -> dict[str, np.ndarray]:
 
 
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert a.keys() == b.keys() and len(a) > 10
+    assert a.keys() == b.keys()
+    assert len(a) > 10
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
@@ -80,7 +81,8 @@ def test_n_steps_equal_half_killed_and_resumed_bitwise(stage, tmp_path, tokenize
         [(e["step"], e["loss"]) for e in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())]
         for name in configs
     ]
-    assert losses[0] == losses[2] and [step for step, _ in losses[0]] == [2, 4, 6, 8]
+    assert losses[0] == losses[2]
+    assert [step for step, _ in losses[0]] == [2, 4, 6, 8]
 
 
 def test_two_equal_runs_are_bitwise_equal_and_another_seed_is_not(tmp_path):
@@ -130,7 +132,8 @@ def test_train_log_opens_with_our_source(tmp_path):
     fit(train_config("tokenizer", str(tmp_path / "run")))
     text = (tmp_path / "run" / "train.log").read_text()
     source = Path(train.__code__.co_filename).read_text().rstrip()
-    assert source in text and text.index("# hardware") < text.index(source) < text.index("step      8")
+    assert source in text
+    assert text.index("# hardware") < text.index(source) < text.index("step      8")
     assert "jax==" in text
 
 
@@ -155,7 +158,9 @@ def test_eight_devices_give_the_loss_of_one_and_their_checkpoint_fits_one(mesh, 
         assert entries[1][step] == pytest.approx(entries[0][step], rel=2e-4)
     on_one = dataclasses.replace(many, mesh=MeshConfig())
     assert fit(on_one)["seconds_from_step"] == 4
-    resumed = {e["step"]: e["loss"] for e in map(json.loads, (tmp_path / "many" / "log.jsonl").read_text().splitlines())}
+    resumed = {
+        e["step"]: e["loss"] for e in map(json.loads, (tmp_path / "many" / "log.jsonl").read_text().splitlines())
+    }
     assert resumed[8] == pytest.approx(entries[0][8], rel=1e-3)
 
 
@@ -164,7 +169,8 @@ def test_arrays_are_split_over_fsdp_where_they_can_be():
     state = {"big": np.zeros((130, 256)), "odd": np.zeros((129, 257)), "small": np.zeros((4,))}
     shardings = state_shardings(state, mesh)
     assert shardings["big"].spec == (None, "fsdp")
-    assert shardings["odd"].is_fully_replicated and shardings["small"].is_fully_replicated
+    assert shardings["odd"].is_fully_replicated
+    assert shardings["small"].is_fully_replicated
     with pytest.raises(ConfigError, match="needs 64 devices"):
         make_mesh(MeshConfig(data=64))
 

@@ -13,7 +13,9 @@ from worldmodel.train.optim import make_optimizer, make_schedule
 def test_wsd_rises_stays_and_ends_at_zero():
     schedule = make_schedule(OptimConfig(warmup_steps=10, decay_steps=20), 1.0, 100)
     assert schedule(0) == 0.0
-    np.testing.assert_allclose([schedule(5), schedule(10), schedule(80), schedule(90), schedule(100)], [0.5, 1, 1, 0.5, 0])
+    np.testing.assert_allclose(
+        [schedule(5), schedule(10), schedule(80), schedule(90), schedule(100)], [0.5, 1, 1, 0.5, 0]
+    )
 
 
 def test_cosine_is_half_way_in_the_middle():
