@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -139,10 +139,7 @@ def _command_type() -> Any:
     train_type = tyro.extras.subcommand_type_from_defaults(_train_presets(), prefix_names=False)
     kinds = [Annotated[train_type, tyro.conf.subcommand("train", description="train one stage of a preset")]]
     kinds += [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in plain.items()]
-    result = kinds[0]
-    for kind in kinds[1:]:
-        result = result | kind
-    return result
+    return Union[tuple(kinds)]  # noqa: UP007 (the members are built at run time)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

@@ -32,7 +32,7 @@ _TOKENIZER = TokenizerConfig(
     frame=_FRAME,
     encoder=BlockConfig(dim=96, ffn_dim=256, heads=4, layers=1, temporal=False),
     decoder=BlockConfig(dim=96, ffn_dim=256, heads=4, layers=2, temporal=False),
-    quantizer=QuantizerConfig(codes=1024, latent_dim=64, metric="euclidean", dead_after_steps=100, kmeans_init=True),
+    quantizer=QuantizerConfig(codes=2048, latent_dim=64, metric="euclidean", kmeans_init=True),
     linear_path=True,
 )
 _LAM_BLOCKS = BlockConfig(dim=64, ffn_dim=128, heads=4, layers=2, temporal_window=2)
@@ -42,7 +42,7 @@ _LAM = LamConfig(
     decoder=_LAM_BLOCKS,
     quantizer=QuantizerConfig(codes=6, latent_dim=16, dead_after_steps=20, kmeans_init=True),
 )
-_BLOCKS = BlockConfig(dim=128, ffn_dim=384, heads=4, layers=4, temporal_window=6)
+_BLOCKS = BlockConfig(dim=96, ffn_dim=256, heads=3, layers=3, temporal_window=6, qk_norm=False)
 
 
 def _dynamics(source: str, steps: int) -> TrainConfig:
@@ -51,9 +51,17 @@ def _dynamics(source: str, steps: int) -> TrainConfig:
         tokenizer=_TOKENIZER,
         lam=_LAM,
         dynamics=DynamicsConfig(blocks=_BLOCKS, action_source=source),  # pyright: ignore[reportArgumentType]
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, decay_steps=steps // 2, beta2=0.95, gradient_clip=1.0),
+        optim=OptimConfig(
+            optimizer="muon",
+            learning_rate=3e-3,
+            muon_learning_rate=0.02,
+            warmup_steps=50,
+            decay_steps=steps // 2,
+            beta2=0.95,
+            gradient_clip=1.0,
+        ),
         steps=steps,
-        batch_size=24,
+        batch_size=16,
         seq_len=6,
         log_every=50,
         eval_every=500,
@@ -68,8 +76,8 @@ PROFILE = Profile(
         stage="tokenizer",
         tokenizer=_TOKENIZER,
         lam=_LAM,
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, decay_steps=300, beta2=0.99, gradient_clip=1.0),
-        steps=600,
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, decay_steps=400, beta2=0.99, gradient_clip=1.0),
+        steps=800,
         batch_size=64,
         seq_len=1,
         log_every=50,
@@ -78,8 +86,8 @@ PROFILE = Profile(
         checkpoint_every=300,
         init_clips=8192,
     ),
-    dynamics=_dynamics("ground-truth", 2000),
-    dynamics_latent=_dynamics("latent", 1000),
+    dynamics=_dynamics("ground-truth", 2400),
+    dynamics_latent=_dynamics("latent", 1200),
     evaluate=EvaluateConfig(
         clips=1024, batch_size=64, rollout=RolloutConfig(prompt_frames=4, horizon=15, decode_steps=2)
     ),

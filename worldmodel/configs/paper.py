@@ -7,7 +7,7 @@ measured here.
 Expected: the published curves; prepended actions give faithful rollouts.
 
 Two deliberate differences from the published defaults: masking of the current frame against a clean history (published:
- `--masking all`), and a vector-quantization loss for co-trained latent actions, which the published code lacks.
+`--masking all`), and a vector-quantization loss for co-trained latent actions, which the published code lacks.
 """
 
 from __future__ import annotations

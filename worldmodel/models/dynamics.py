@@ -27,7 +27,7 @@ class DynamicsOutput(NamedTuple):
     masked_BTN: Array
 
 
-def draw_mask(key: Array, shape_BTN: tuple[int, int, int], low: float, high: float, *, per_frame: bool) -> Array:
+def draw_mask(key: Array, shape_BTN: tuple[int, ...], low: float, high: float, *, per_frame: bool) -> Array:
     """Random token masks: ratio ~ U(low, high) per clip or per frame, then one coin of that ratio per token.
 
     Args:

@@ -47,15 +47,15 @@ class Tokenizer(nnx.Module):
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         frame, latent = config.frame, config.quantizer.latent_dim
-        zero_or_default = {"kernel_init": nnx.initializers.zeros_init()} if config.linear_path else {}
+        last_init = nnx.initializers.zeros_init() if config.linear_path else nnx.initializers.lecun_normal()
         grid = {"rows": frame.rows, "columns": frame.columns}
         self.patch_in = nnx.Linear(frame.patch_values, config.encoder.dim, rngs=rngs)
         self.encoder = STTransformer(config.encoder, **grid, rngs=rngs)
-        self.latent_out = nnx.Linear(config.encoder.dim, latent, rngs=rngs, **zero_or_default)
+        self.latent_out = nnx.Linear(config.encoder.dim, latent, kernel_init=last_init, rngs=rngs)
         self.quantizer = build_quantizer(config.quantizer, rngs=rngs)
         self.latent_in = nnx.Linear(latent, config.decoder.dim, rngs=rngs)
         self.decoder = STTransformer(config.decoder, **grid, rngs=rngs)
-        self.patch_out = nnx.Linear(config.decoder.dim, frame.patch_values, rngs=rngs, **zero_or_default)
+        self.patch_out = nnx.Linear(config.decoder.dim, frame.patch_values, kernel_init=last_init, rngs=rngs)
         if config.linear_path:
             self.path_in = nnx.Linear(frame.patch_values, latent, rngs=rngs)
             self.path_out = nnx.Linear(latent, frame.patch_values, rngs=rngs)
@@ -105,6 +105,8 @@ class Tokenizer(nnx.Module):
                 patches_BTNP.reshape(-1, config.frame.patch_values) - 0.5, config.quantizer.latent_dim
             )
             self.path_in.kernel[...] = jnp.asarray(basis_PL)
+            assert self.path_in.bias is not None
+            assert self.path_out.bias is not None
             self.path_in.bias[...] = jnp.asarray(-mean_P @ basis_PL)
             scale = float(np.sum(basis_PL[:, 0] ** 2))  # basis columns share one length
             self.path_out.kernel[...] = jnp.asarray(basis_PL.T / scale)

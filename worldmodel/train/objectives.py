@@ -73,7 +73,7 @@ class TokenizerObjective:
     """Mean squared error of the reconstruction plus the codebook's loss."""
 
     name = "tokenizer"
-    batch_keys = ("frames_BTHWC",)
+    batch_keys: tuple[str, ...] = ("frames_BTHWC",)
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -113,7 +113,7 @@ class LamObjective:
     """Mean squared error of the predicted next frame plus the action codebook's loss."""
 
     name = "lam"
-    batch_keys = ("frames_BTHWC",)
+    batch_keys: tuple[str, ...] = ("frames_BTHWC",)
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -173,7 +173,7 @@ class DynamicsObjective:
             self.frozen["lam"] = list(values_of(lam.actions))
         pixels = ("frames_BTHWC",) if source != "ground-truth" or not config.token_dir else ()
         tokens = ("tokens_BTN",) if config.token_dir else ()
-        self.batch_keys = (*pixels, *tokens, "actions_BT")
+        self.batch_keys: tuple[str, ...] = (*pixels, *tokens, "actions_BT")
 
     def build(self, rngs: nnx.Rngs) -> Dynamics:
         """See `Objective.build`."""
