@@ -41,7 +41,7 @@ class CoinrunConfig:
     data_dir: str = ""
     """Data set; inside the run folder by default."""
     overwrite: bool = False
-    """Discard an earlier run in the same folder (the data set is kept if it was made the same way)."""
+    """Discard an earlier run in the same folder, with its data set unless `data_dir` is elsewhere."""
 
 
 def load_profile(name: str) -> Profile:

@@ -24,6 +24,15 @@ class Stats(nnx.Variable):
     """State that training changes without a gradient (counters of codebook use)."""
 
 
+def freeze(module: nnx.Module) -> None:
+    """Turn every parameter of a module into plain state: no gradient, no optimizer, no weight decay touches it."""
+    for _, node in list(nnx.iter_graph(module)):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                if isinstance(value, nnx.Param):
+                    setattr(node, name, Stats(value[...]))
+
+
 class LayerMemory(NamedTuple):
     """Temporal keys and values of the last W-1 frames of one layer, as a ring over the third axis."""
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from worldmodel.config import DynamicsConfig, FrameConfig, LamConfig
-from worldmodel.models.blocks import LayerMemory, Stats, STTransformer
+from worldmodel.models.blocks import LayerMemory, Stats, STTransformer, freeze
 from worldmodel.models.lam import ActionEncoder
 
 UNKNOWN_ACTION = -1
@@ -88,6 +88,8 @@ class Dynamics(nnx.Module):
             lam = lam or LamConfig()
             self.num_actions = lam.quantizer.codes
             self.lam = ActionEncoder(lam, rngs=rngs)
+            if config.action_source == "latent-frozen":
+                freeze(self.lam)
             self.action_in = nnx.Linear(lam.quantizer.latent_dim, dim, rngs=rngs)
         self.head = nnx.Linear(dim, dim, use_bias=False, rngs=rngs)
         self.head_bias = nnx.Param(jnp.zeros((self.num_codes,)))

@@ -16,7 +16,7 @@ from jax import Array
 from worldmodel.config import LamConfig
 from worldmodel.models.blocks import STTransformer, frames_to_unit, patchify, unpatchify
 from worldmodel.models.quantizer import Quantized, VectorQuantizer
-from worldmodel.models.tokenizer import check_frames
+from worldmodel.models.tokenizer import check_frames, encode_in_chunks
 
 
 class LamOutput(NamedTuple):
@@ -58,8 +58,7 @@ class ActionEncoder(nnx.Module):
     def initialize(self, frames_BTHWC: np.ndarray, key: Array) -> None:
         """k-means on the action latents of real clips, where the config asks for it."""
         if self.config.quantizer.kmeans_init:
-            clips = [self.encode_latent(jnp.asarray(clip[None])) for clip in frames_BTHWC]
-            self.quantizer.initialize(jnp.concatenate(clips).reshape(-1, self.config.quantizer.latent_dim), key)
+            self.quantizer.initialize(encode_in_chunks(self.encode_latent, frames_BTHWC), key)
 
 
 class LatentActionModel(nnx.Module):

@@ -6,6 +6,7 @@ L latent size · V codes · S sampled patches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from common.errors import ConfigError
 from worldmodel.config import FrameConfig, TokenizerConfig
 from worldmodel.models.blocks import STTransformer, frames_to_unit, patchify, unpatchify
 from worldmodel.models.quantizer import Quantized, VectorQuantizer, build_quantizer
+
+INIT_CHUNK_FRAMES = 256
 
 
 class TokenizerOutput(NamedTuple):
@@ -112,8 +115,15 @@ class Tokenizer(nnx.Module):
             self.path_out.kernel[...] = jnp.asarray(basis_PL.T / scale)
             self.path_out.bias[...] = jnp.asarray(mean_P)
         if config.quantizer.kmeans_init and isinstance(self.quantizer, VectorQuantizer):
-            clips = [self.encode_latent(jnp.asarray(clip[None])) for clip in frames_BTHWC]
-            self.quantizer.initialize(jnp.concatenate(clips).reshape(-1, config.quantizer.latent_dim), key)
+            self.quantizer.initialize(encode_in_chunks(self.encode_latent, frames_BTHWC), key)
+
+
+def encode_in_chunks(encode: Callable[[Array], Array], frames_BTHWC: np.ndarray) -> Array:
+    """Latents (S, L) of many clips, a few hundred frames at a time."""
+    size = max(1, INIT_CHUNK_FRAMES // frames_BTHWC.shape[1])
+    starts = range(0, len(frames_BTHWC), size)
+    latents = [encode(jnp.asarray(frames_BTHWC[start : start + size])) for start in starts]
+    return jnp.concatenate([latent.reshape(-1, latent.shape[-1]) for latent in latents])
 
 
 def principal_components(points_SP: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

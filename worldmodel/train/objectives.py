@@ -17,9 +17,9 @@ from jax import Array
 from common.errors import ConfigError
 from worldmodel.config import TrainConfig
 from worldmodel.evaluate.metrics import psnr_db, ssim
-from worldmodel.models.blocks import frames_to_unit
+from worldmodel.models.blocks import frames_to_unit, freeze
 from worldmodel.models.dynamics import Dynamics, draw_mask
-from worldmodel.models.lam import LatentActionModel
+from worldmodel.models.lam import ActionEncoder, LatentActionModel
 from worldmodel.models.quantizer import Quantizer
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.train.state import Functional, Tree, values_of
@@ -149,6 +149,13 @@ class LamObjective:
         }
 
 
+def frozen_copy(lam: ActionEncoder) -> ActionEncoder:
+    """The same action model with parameters turned into plain state, as `Dynamics` holds a frozen one."""
+    copy = nnx.clone(lam)
+    freeze(copy)
+    return copy
+
+
 class DynamicsObjective:
     """Cross-entropy of masked tokens, plus the action codebook's loss when the action model is trained along.
 
@@ -167,10 +174,7 @@ class DynamicsObjective:
         self.codes_VL = np.asarray(tokenizer.quantizer.codes)
         self.tokenizer = Functional(tokenizer)
         self.frozen: Tree = {"tokenizer": list(values_of(tokenizer))}
-        self.lam = None
-        if lam is not None:
-            self.lam = Functional(lam.actions)
-            self.frozen["lam"] = list(values_of(lam.actions))
+        self.lam = None if lam is None else frozen_copy(lam.actions)
         pixels = ("frames_BTHWC",) if source != "ground-truth" or not config.token_dir else ()
         tokens = ("tokens_BTN",) if config.token_dir else ()
         self.batch_keys: tuple[str, ...] = (*pixels, *tokens, "actions_BT")
@@ -193,7 +197,7 @@ class DynamicsObjective:
         if self.config.dynamics.action_source == "latent":
             model.lam.initialize(clips["frames_BTHWC"], key)
         if self.lam is not None:
-            nnx.update(model.lam, nnx.state(self.lam.merge(*self.frozen["lam"])))
+            nnx.update(model.lam, nnx.state(self.lam))
 
     def tokens_of(self, frozen: Tree, batch: Batch) -> Array:
         """Tokens (B, T, N) of a batch: as loaded, or from the frozen tokenizer."""

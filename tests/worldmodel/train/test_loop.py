@@ -241,7 +241,8 @@ def test_frozen_latent_actions_come_from_their_run_and_stay(tmp_path, tokenizer_
     names = [n for n in lam if n.startswith("params/actions/")]
     assert len(names) > 5
     for name in names:
-        np.testing.assert_array_equal(lam[name], trained[name.replace("params/actions/", "params/lam/")], err_msg=name)
+        np.testing.assert_array_equal(lam[name], trained[name.replace("params/actions/", "stats/lam/")], err_msg=name)
+    assert not any("/lam/" in name and not name.startswith("stats/") for name in trained)  # no optimizer state
 
 
 def test_stages_learn_the_game(tmp_path):
