@@ -104,6 +104,13 @@ def test_a_finished_run_is_left_alone_and_another_configuration_refused(tmp_path
     assert fit(dataclasses.replace(config, seed=1), overwrite=True)["status"] == "finished"
 
 
+def test_old_checkpoints_go_and_milestones_stay(tmp_path):
+    config = train_config("tokenizer", str(tmp_path / "run"), checkpoint_every=1, keep_checkpoints=2, keep_every=3)
+    fit(config)
+    kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {3, 6, 7, 8}
+
+
 def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="not a run folder"):
