@@ -83,7 +83,7 @@ def test_coinrun_in_miniature_and_again(tmp_path, monkeypatch):
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/gif;base64,") == 1
     assert page.count("<polyline") >= 6
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     for name in ("config.json", "train.log", "model.artifact", "summary.json", "tokenizer/log.jsonl"):
         assert (tmp_path / "run" / name).exists(), name
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.array_record*")}

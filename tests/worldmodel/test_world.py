@@ -86,7 +86,7 @@ def test_teacher_forced_bits_are_the_cross_entropy_of_unscaled_logits(worlds):
     world = worlds["ground-truth"]
     clips = game_clips(2, 4, seed=0)
     tokens, actions = world.encode(clips["frames_BTHWC"]), clips["actions_BT"][:, :-1]
-    bits = np.asarray(suite._teacher_forced(world)(tokens, actions))
+    bits = np.asarray(world.bits(tokens, actions))
     model = world.dynamics
     action = model.shift_actions(model.embed_action_codes(jax.numpy.asarray(actions)))
     hidden = np.ones((2, 4), bool)
@@ -154,6 +154,18 @@ def test_a_sheet_shows_each_pixel_where_it_belongs():
     with Image.open(io.BytesIO(gif_bytes(film, fps=4))) as gif:
         assert gif.n_frames == 2
         assert gif.info["duration"] == 250
+
+
+def test_shared_compilation_uses_each_worlds_own_weights(worlds, tmp_path):
+    world = worlds["latent"]
+    export_world(world, tmp_path / "m.artifact", grid="int4")
+    stored = load_exported(tmp_path / "m.artifact")
+    clips = game_clips(2, 5, seed=1)
+    alone = stored.decode(stored.encode(clips["frames_BTHWC"]))
+    shared = load_exported(tmp_path / "m.artifact").sharing(world)
+    np.testing.assert_array_equal(shared.decode(shared.encode(clips["frames_BTHWC"])), alone)
+    with pytest.raises(ConfigError, match="one configuration"):
+        stored.sharing(worlds["ground-truth"])
 
 
 @pytest.mark.parametrize("grid", ["int8", "int4"])

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from common.errors import ConfigError
@@ -19,9 +18,7 @@ from worldmodel.config import EvaluateConfig, to_dict
 from worldmodel.data.records import open_dataset
 from worldmodel.evaluate.metrics import frame_mse, frame_ssim, mean_entry, psnr_difference_entry, psnr_entry
 from worldmodel.models.blocks import frames_to_unit
-from worldmodel.models.dynamics import draw_mask
 from worldmodel.rollout.world import World
-from worldmodel.train.state import Functional, values_of
 
 MATMUL_SIZE = 2048
 
@@ -42,32 +39,6 @@ def random_actions(actions_BA: np.ndarray, first: int, num_actions: int, rng: np
     return changed_BA
 
 
-def _teacher_forced(world: World) -> Any:
-    """Compiled: (tokens, actions) -> bits of each future frame given all true earlier ones, every token masked."""
-    functional = Functional(world.dynamics)
-    values = values_of(world.dynamics)
-
-    @jax.jit
-    def bits(values: Any, tokens_BTN: Array, actions_BA: Array) -> Array:
-        model = functional.merge(*values)
-        action_BTD = model.shift_actions(model.embed_action_codes(actions_BA))
-        if world.config.dynamics.masking == "current":
-            masked_BTN = draw_mask(jax.random.key(0), tokens_BTN.shape, 1.0, 1.0, per_frame=True)
-            logits_BTNV = model(tokens_BTN, action_BTD, masked_BTN).logits_BTNV
-            nats_BTN = optax.softmax_cross_entropy_with_integer_labels(logits_BTNV, tokens_BTN)
-            return jnp.sum(nats_BTN[:, 1:], axis=-1) / jnp.log(2.0)
-        # A single stream with all frames masked would hide the history too: score one frame at a time.
-        frames = []
-        hidden_BN = jnp.ones((tokens_BTN.shape[0], tokens_BTN.shape[2]), bool)
-        for t in range(1, tokens_BTN.shape[1]):
-            logits_BNV = model.next_frame_logits(tokens_BTN[:, : t + 1], hidden_BN, action_BTD[:, : t + 1])
-            nats_BN = optax.softmax_cross_entropy_with_integer_labels(logits_BNV, tokens_BTN[:, t])
-            frames.append(jnp.sum(nats_BN, axis=-1) / jnp.log(2.0))
-        return jnp.stack(frames, axis=1)
-
-    return lambda tokens, actions: bits(values, tokens, actions)
-
-
 def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[str, Any]:
     """Score a world.
 
@@ -85,7 +56,6 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
     if count < 2:
         raise ConfigError(f"{data_dir} split {config.split} gives {count} clips; intervals need at least 2")
     rng = np.random.default_rng(config.seed)
-    bits_of = _teacher_forced(world)
     collected: dict[str, list[np.ndarray]] = {}
 
     def add(name: str, values: Array | np.ndarray) -> None:
@@ -117,7 +87,7 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
             if name != "random":
                 add(f"{name}_ssim", frame_ssim(truth[:, shown], got[:, shown - prompt])[:valid])
         add("tokenizer_mse", jnp.mean(frame_mse(truth, rebuilt), axis=1)[:valid])
-        add("bits", bits_of(tokens, jnp.asarray(driven))[:valid, prompt - 1 :])
+        add("bits", world.bits(tokens, driven)[:valid, prompt - 1 :])
         add("tokens", tokens[:valid].reshape(valid, -1))
         add("actions", driven[:valid])
     data = {

@@ -12,15 +12,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
+from common.errors import ConfigError
 from worldmodel.config import RolloutConfig, TrainConfig
 from worldmodel.data.records import read_manifest
-from worldmodel.models.dynamics import Dynamics
+from worldmodel.models.dynamics import Dynamics, draw_mask
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.rollout.sampling import cached_next_frame, check_actions, remember_prompt, rollout_tokens
 from worldmodel.train.restore import load_dynamics, load_run_config, load_tokenizer
 from worldmodel.train.state import Functional, values_of
+
+
+def frame_bits(model: Dynamics, tokens_BTN: Array, actions_BA: Array) -> Array:
+    """Cross-entropy of each frame given all true earlier ones and the action, every token of it masked.
+
+    Args:
+        model: dynamics.
+        tokens_BTN: true tokens.
+        actions_BA: action numbers of the T - 1 transitions.
+
+    Returns:
+        float32 (B, T - 1) bits a frame, on the model's own (unscaled) logits.
+    """
+    action_BTD = model.shift_actions(model.embed_action_codes(actions_BA))
+    if model.config.masking == "current":
+        masked_BTN = draw_mask(jax.random.key(0), tokens_BTN.shape, 1.0, 1.0, per_frame=True)
+        logits_BTNV = model(tokens_BTN, action_BTD, masked_BTN).logits_BTNV[:, 1:]
+    else:
+        # One stream with all frames masked would hide the history too: score one frame at a time.
+        hidden_BN = jnp.ones((tokens_BTN.shape[0], tokens_BTN.shape[2]), bool)
+        frames = [
+            model.next_frame_logits(tokens_BTN[:, : t + 1], hidden_BN, action_BTD[:, : t + 1])
+            for t in range(1, tokens_BTN.shape[1])
+        ]
+        logits_BTNV = jnp.stack(frames, axis=1)
+    nats_BTN = optax.softmax_cross_entropy_with_integer_labels(logits_BTNV, tokens_BTN[:, 1:])
+    return jnp.sum(nats_BTN, axis=-1) / jnp.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,25 @@ class World:
             return rollout_tokens(functional.merge(*values), prompt, actions, config, key)
 
         return jax.jit(run, static_argnames="config")
+
+    @cached_property
+    def _bits(self) -> Any:
+        functional = self._functional[1]
+        return jax.jit(lambda values, *inputs: frame_bits(functional.merge(*values), *inputs))
+
+    def sharing(self, other: World) -> World:
+        """This world, using what another of the same configuration has compiled (values are arguments there)."""
+        if self.config != other.config or self.num_actions != other.num_actions:
+            raise ConfigError("only worlds of one configuration can share compiled functions")
+        for name in ("_functional", "_encode", "_decode", "_rollout", "_bits"):
+            self.__dict__[name] = getattr(other, name)
+        if self.latent:
+            self.__dict__["_infer"] = other._infer
+        return self
+
+    def bits(self, tokens_BTN: Array, actions_BA: np.ndarray) -> Array:
+        """Teacher-forced bits (B, T - 1) of every frame but the first. See `frame_bits`."""
+        return self._bits(self._values[1], tokens_BTN, actions_BA)
 
     def encode(self, frames_BTHWC: np.ndarray) -> Array:
         """Frames to tokens (B, T, N)."""
