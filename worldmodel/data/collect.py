@@ -205,6 +205,8 @@ def _prepare(config: CollectConfig) -> dict[str, Any]:
             "another --out-dir, or replace it with --overwrite"
         )
     if not manifest["complete"]:
+        for leftover in out_dir.glob(".*.tmp"):  # A killed run could not clean up after itself.
+            leftover.unlink()
         return manifest
     more = {split: _plan_shards(_frames_of(config, split), config) for split in SPLITS if _frames_of(config, split)}
     if config.append:

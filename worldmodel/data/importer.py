@@ -26,9 +26,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from rich.progress import Progress
 
@@ -60,9 +61,9 @@ ResizeMode = Literal["crop", "pad", "stretch"]
 class ImportConfig:
     """Turn videos or image folders into a data set."""
 
-    source: Path
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """A folder of videos and image folders, or one video."""
-    out_dir: Path
+    out_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Folder of the data set."""
     actions: Path | None = None
     """csv, jsonl or npz with one action a source frame."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,7 @@ from worldmodel.data.records import END_NAMES, EpisodeSet, find_problems, open_d
 class InspectConfig:
     """Print what a data set holds and write a contact sheet."""
 
-    data_dir: Path
+    data_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Folder of the data set."""
     sheet: Path | None = None
     """Where the contact sheet goes; `contact_sheet.png` beside the manifest by default."""
@@ -37,7 +38,7 @@ class InspectConfig:
 class ValidateConfig:
     """Read every byte of a data set and name every damaged file and record."""
 
-    data_dir: Path
+    data_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Folder of the data set."""
     splits: tuple[str, ...] = ()
     """Which splits; all by default."""

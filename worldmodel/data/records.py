@@ -176,7 +176,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         path: final name; an existing file is replaced in one step.
         content: the whole new content.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -50,7 +50,7 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param))):
         value = np.asarray(leaf)
         digest.update(json.dumps([jax.tree_util.keystr(path), str(value.dtype), value.shape]).encode())
-        digest.update(np.ascontiguousarray(value))
+        digest.update(value.tobytes())
     return digest.hexdigest()
 
 

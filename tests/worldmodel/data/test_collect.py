@@ -128,11 +128,13 @@ def test_a_killed_run_resumes_to_the_same_set(collected: Path, tmp_path: Path, m
     done = len(read_manifest(out_dir)["splits"]["train"]["files"])
     assert done == 1
     assert not list(out_dir.glob(".*")), "temporary files are left behind"
+    (out_dir / ".train-00001.array_record.1.2.tmp").write_bytes(b"what SIGKILL leaves")
     played.clear()
     monkeypatch.setattr(collect, "play_shard", lambda *a, **o: played.append(o["num_steps"]) or play_shard(*a, **o))
     manifest = run_collect(config(out_dir))
     assert len(played) == 4 - done
     assert manifest == read_manifest(collected)
+    assert not list(out_dir.glob(".*"))
 
 
 def test_stop_ends_a_shard_without_a_result() -> None:
@@ -247,7 +249,7 @@ def test_the_sticky_policy_sticks_goes_right_and_tries_everything() -> None:
     assert np.mean(fresh[1:] == fresh[:-1]) == pytest.approx(same, abs=0.02)
 
 
-def test_the_policy_sees_the_frames(tmp_path: Path) -> None:
+def test_the_policy_sees_the_frames() -> None:
     seen: list[tuple[np.ndarray, np.ndarray]] = []
 
     class Watching:
@@ -255,7 +257,7 @@ def test_the_policy_sees_the_frames(tmp_path: Path) -> None:
             seen.append((frames_NHWC.copy(), first_N.copy()))
             return np.full(len(first_N), 7, np.int32)
 
-    arguments = {"num_envs": 2, "num_steps": 6, "start_level": 0, "num_levels": 5, "rand_seed": 0}
+    arguments: dict[str, Any] = {"num_envs": 2, "num_steps": 6, "start_level": 0, "num_levels": 5, "rand_seed": 0}
     episodes = play_shard(EASY, RecordLayout((64, 64, 3)), policy=Watching(), **arguments)
     assert len(seen) == 6
     assert seen[0][1].all()

@@ -31,7 +31,7 @@ def write_images(folder: Path, frames: int, *, start: int = 0) -> Path:
     return folder
 
 
-def write_video(path: Path, frames: int, fps: float = 20) -> Path:
+def write_video(path: Path, frames: int, fps: int = 20) -> Path:
     codec = {"mp4": "libx264", "webm": "libvpx-vp9"}[path.suffix[1:]]
     writer = imageio_ffmpeg.write_frames(str(path), (WIDTH, HEIGHT), fps=fps, codec=codec, macro_block_size=1)
     writer.send(None)
