@@ -136,7 +136,7 @@ def test_rows_of_a_grid_and_their_files(worlds, tmp_path):
         assert png.size[1] == 10 * (16 * 2 + 2)
     import imageio.v3 as iio
 
-    assert len(iio.imread(paths[2].read_bytes(), extension=".mp4")) == 5
+    assert len(iio.imread(paths[2])) == 5
     with pytest.raises(ConfigError, match="too short"):
         rollout_rows(list(worlds.values()), clips["frames_BTHWC"][0, :3], clips["actions_BT"][0], ROLLOUT)
 

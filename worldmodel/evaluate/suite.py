@@ -91,7 +91,7 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
         add("tokens", tokens[:valid].reshape(valid, -1))
         add("actions", driven[:valid])
     data = {
-        name: np.concatenate(parts).astype(np.float64 if "_" in name else None) for name, parts in collected.items()
+        name: np.concatenate(parts) for name, parts in collected.items()
     }
     boot = {"samples": config.bootstrap_samples, "seed": config.seed}
     by_horizon: dict[str, Any] = {}
