@@ -58,6 +58,9 @@ class Checkpoints:
     def save(self, step: int, state: Tree, *, config: dict[str, Any], loader_state: Any) -> None:
         """Start writing a checkpoint; the arrays are copied before this returns, so they may be donated."""
         extra = {"config": config, "loader": encode_loader_state(loader_state)}
+        if jax.default_backend() == "cpu":
+            # On the CPU the "transfer to host" is a view of the very buffer that the next step will reuse.
+            state = jax.tree.map(lambda x: x.copy(), state)
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)),
