@@ -1,0 +1,243 @@
+"""Trained worlds in use: evaluation, pictures, play, export to an artifact and back."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import ArtifactError, ConfigError
+from common.quant.grid import dequantize, quantize
+from tests.worldmodel.small import DYNAMICS, NUM_ACTIONS, MemorySource, game_clips, train_config
+from worldmodel.config import EvaluateConfig, RolloutConfig
+from worldmodel.evaluate import suite
+from worldmodel.export import GRIDS, export_world, inference_values, load_exported
+from worldmodel.report import curve_svg, read_curve, table
+from worldmodel.rollout.render import Row, gif_bytes, movie, rollout_rows, sheet, write_picture_files
+from worldmodel.rollout.world import World
+from worldmodel.train.loop import train
+from worldmodel.train.restore import load_dynamics, load_tokenizer
+
+ROLLOUT = RolloutConfig(prompt_frames=2, horizon=3, decode_steps=2)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> dict[str, World]:
+    root = tmp_path_factory.mktemp("worlds")
+    tokenizer = train_config("tokenizer", str(root / "tokenizer"))
+    train(tokenizer, source=MemorySource(tokenizer))
+    result = {}
+    for source in ("ground-truth", "latent"):
+        config = train_config(
+            "dynamics", str(root / source), tokenizer_run=tokenizer.run_dir,
+            dynamics=dataclasses.replace(DYNAMICS, action_source=source),
+        )  # fmt: skip
+        train(config, source=MemorySource(config))
+        config, dynamics = load_dynamics(config.run_dir, NUM_ACTIONS)
+        result[source] = World(config, load_tokenizer(tokenizer.run_dir), dynamics, NUM_ACTIONS, source="float")
+    return result
+
+
+class FakeSet:
+    content_sha256 = "0" * 64
+
+    def require_windows(self, seq_len: int) -> int:
+        return 13
+
+    def fixed_windows(self, count: int, seq_len: int, seed: int = 0):
+        return game_clips(count, seq_len, seed=seed)
+
+
+@pytest.mark.parametrize("source", ["ground-truth", "latent"])
+def test_evaluation_measures_what_it_says(worlds, source, monkeypatch):
+    monkeypatch.setattr(suite, "open_dataset", lambda *_: FakeSet())
+    monkeypatch.setattr(suite, "MATMUL_SIZE", 64)
+    config = EvaluateConfig(clips=99, batch_size=5, horizons=(1, 3), delta_horizon=2, bootstrap_samples=50,
+                            rollout=ROLLOUT, speed_frames=3)  # fmt: skip
+    world = worlds[source]
+    document = suite.evaluate_world(world, "data", config)
+    json.dumps(document)
+    clips = game_clips(13, 5, seed=0)
+    truth = clips["frames_BTHWC"] / 255.0
+    copy_mse = ((truth[:, 2] - truth[:, 1]) ** 2).mean()
+    assert document["horizons"]["1"]["copy_last_psnr_db"]["value"] == pytest.approx(-10 * np.log10(copy_mse), abs=1e-3)
+    driven = world.actions_of(clips["frames_BTHWC"], clips["actions_BT"])
+    dream = world.frames_after(clips["frames_BTHWC"], driven, ROLLOUT, jax.random.key(0))
+    mse = ((truth[:, 4] - np.asarray(dream)[:, 2]) ** 2).mean()
+    entry = document["horizons"]["3"]
+    assert entry["rollout_psnr_db"]["value"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
+    expected = entry["rollout_psnr_db"]["value"] - entry["copy_last_psnr_db"]["value"]
+    assert entry["above_copy_last_db"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert entry["rollout_psnr_db"]["low"] <= entry["rollout_psnr_db"]["value"] <= entry["rollout_psnr_db"]["high"]
+    assert document["data"]["clips"] == 13
+    assert document["action_codes"]["of"] == (6 if source == "latent" else NUM_ACTIONS)
+    assert sum(document["action_codes"]["shares"]) == pytest.approx(1.0, abs=1e-3)
+    assert document["teacher_forced_bits_per_frame"]["value"] > 0
+    speed = document["speed"]
+    assert speed["frames"] == 3
+    assert 0 < speed["p50_ms"] <= speed["p95_ms"]
+    assert 0 < speed["mfu"] < 1
+
+
+def test_teacher_forced_bits_are_the_cross_entropy_of_unscaled_logits(worlds):
+    world = worlds["ground-truth"]
+    clips = game_clips(2, 4, seed=0)
+    tokens, actions = world.encode(clips["frames_BTHWC"]), clips["actions_BT"][:, :-1]
+    bits = np.asarray(world.bits(tokens, actions))
+    model = world.dynamics
+    action = model.shift_actions(model.embed_action_codes(jax.numpy.asarray(actions)))
+    hidden = np.ones((2, 4), bool)
+    for t in (1, 3):
+        logits = np.asarray(model.next_frame_logits(tokens[:, : t + 1], hidden, action[:, : t + 1]), np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats = -np.take_along_axis(log_p, np.asarray(tokens)[:, t, :, None], axis=-1).sum((1, 2))
+        np.testing.assert_allclose(bits[:, t - 1], nats / np.log(2), rtol=1e-4)
+
+
+def test_random_actions_keep_the_prompt(worlds):
+    actions = np.full((50, 6), 7)
+    changed = suite.random_actions(actions, 2, 3, np.random.default_rng(0))
+    assert (changed[:, :2] == 7).all()
+    assert set(np.unique(changed[:, 2:])) == {0, 1, 2}
+    assert (actions == 7).all()
+
+
+def test_playing_equals_rolling_out(worlds):
+    world = worlds["ground-truth"]
+    clips = game_clips(1, 7, seed=4)
+    config = dataclasses.replace(ROLLOUT, horizon=5, temperature=0.5)
+    whole = world.frames_after(clips["frames_BTHWC"], clips["actions_BT"][:, :-1], config, jax.random.key(1))
+    player = world.player(config)
+    player.reset(clips["frames_BTHWC"][:, :2], clips["actions_BT"][:, :1], jax.random.key(1))
+    for t in range(5):
+        np.testing.assert_allclose(player.step(clips["actions_BT"][:, t + 1]), whole[:, t], atol=1e-5)
+    with pytest.raises(ConfigError, match="outside"):
+        player.step(np.asarray([NUM_ACTIONS]))
+
+
+def test_rows_of_a_grid_and_their_files(worlds, tmp_path):
+    clips = game_clips(1, 6, seed=4)
+    rows = rollout_rows(list(worlds.values()), clips["frames_BTHWC"][0], clips["actions_BT"][0], ROLLOUT)
+    labels = [row.label for row in rows]
+    assert labels[:4] == ["truth", "reconstruction", "true actions", "inferred latent actions"]
+    assert labels[4:] == [f"latent action {i}" for i in range(6)]
+    assert all(row.frames_THWC.shape == (5, 16, 16, 3) and row.frames_THWC.dtype == np.uint8 for row in rows)
+    np.testing.assert_array_equal(rows[0].frames_THWC, clips["frames_BTHWC"][0, :5])
+    for row in rows[2:]:
+        np.testing.assert_array_equal(row.frames_THWC[:2], rows[1].frames_THWC[:2])
+    paths = write_picture_files(rows, tmp_path / "clip", formats=("png", "gif", "mp4"), fps=5)
+    assert [p.name for p in paths] == ["clip.png", "clip.gif", "clip.mp4"]
+    with Image.open(paths[1]) as gif:
+        assert gif.n_frames == 5
+    with Image.open(paths[0]) as png:
+        assert png.size[1] == 10 * (16 * 2 + 2)
+    import imageio.v3 as iio
+
+    assert len(iio.imread(paths[2])) == 5
+    with pytest.raises(ConfigError, match="too short"):
+        rollout_rows(list(worlds.values()), clips["frames_BTHWC"][0, :3], clips["actions_BT"][0], ROLLOUT)
+
+
+def test_a_sheet_shows_each_pixel_where_it_belongs():
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    frames[1, 1, 2] = 200
+    image = sheet([Row("a", frames)], scale=3)
+    first = image.shape[1] - 2 * (4 * 3 + 2)
+    assert (image[3:6, first + 14 + 6 : first + 14 + 9] == 200).all()
+    film = movie([Row("a", frames)], scale=3)
+    assert film.shape[0] == 2
+    assert film.shape[1] % 2 == 0
+    assert film.shape[2] % 2 == 0
+    with Image.open(io.BytesIO(gif_bytes(film, fps=4))) as gif:
+        assert gif.n_frames == 2
+        assert gif.info["duration"] == 250
+
+
+def test_shared_compilation_uses_each_worlds_own_weights(worlds, tmp_path):
+    world = worlds["latent"]
+    export_world(world, tmp_path / "m.artifact", grid="int4")
+    stored = load_exported(tmp_path / "m.artifact")
+    clips = game_clips(2, 5, seed=1)
+    alone = stored.decode(stored.encode(clips["frames_BTHWC"]))
+    shared = load_exported(tmp_path / "m.artifact").sharing(world)
+    np.testing.assert_array_equal(shared.decode(shared.encode(clips["frames_BTHWC"])), alone)
+    with pytest.raises(ConfigError, match="one configuration"):
+        stored.sharing(worlds["ground-truth"])
+
+
+@pytest.mark.parametrize("grid", ["int8", "int4"])
+@pytest.mark.parametrize("source", ["ground-truth", "latent"])
+def test_artifacts_hold_exactly_the_grid_of_the_weights(worlds, tmp_path, grid, source, monkeypatch):
+    monkeypatch.setattr("worldmodel.export.MIN_QUANTIZED_VALUES", 32)
+    world = worlds[source]
+    report = export_world(world, tmp_path / "m.artifact", grid=grid)
+    assert report.file_bytes == (tmp_path / "m.artifact").stat().st_size
+    back = load_exported(tmp_path / "m.artifact")
+    assert back.config == world.config
+    assert back.num_actions == NUM_ACTIONS
+    for model, other in ((world.tokenizer, back.tokenizer), (world.dynamics, back.dynamics)):
+        values, stored = inference_values(model), inference_values(other)
+        assert values.keys() == stored.keys()
+        quantized = 0
+        for name, value in values.items():
+            if value.ndim != 2 or value.size < 32:
+                np.testing.assert_array_equal(stored[name], value)
+                continue
+            spec = GRIDS[grid][0 if "/layer_" in name and name.endswith("/kernel") else 1]
+            rows = value.T if name.endswith("/kernel") else value
+            expected = dequantize(quantize(np.ascontiguousarray(rows), spec, name))
+            np.testing.assert_array_equal(stored[name], expected.T if name.endswith("/kernel") else expected)
+            quantized += 1
+        assert quantized > 3
+    clips = game_clips(2, 5, seed=1)
+    driven = back.actions_of(clips["frames_BTHWC"], clips["actions_BT"])
+    dream = back.frames_after(clips["frames_BTHWC"], driven, ROLLOUT, jax.random.key(0))
+    assert np.isfinite(dream).all()
+
+
+def test_artifacts_are_not_overwritten_and_damage_is_named(worlds, tmp_path):
+    path = tmp_path / "m.artifact"
+    export_world(worlds["ground-truth"], path)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        export_world(worlds["ground-truth"], path)
+    first = path.read_bytes()
+    export_world(worlds["ground-truth"], path, overwrite=True)
+    assert path.read_bytes() == first
+    with pytest.raises(ConfigError, match="unknown grid"):
+        export_world(worlds["ground-truth"], tmp_path / "x", grid="int3")
+    path.write_bytes(first[:-5])
+    with pytest.raises(ArtifactError):
+        load_exported(path)
+
+
+def test_artifacts_of_another_shape_are_refused(worlds, tmp_path, monkeypatch):
+    from common.artifact.container import load_artifact, save_artifact
+
+    path = tmp_path / "m.artifact"
+    export_world(worlds["ground-truth"], path)
+    tensors, meta = load_artifact(path)
+    save_artifact(tmp_path / "less", {k: v for k, v in tensors.items() if "mask_token" not in k}, meta)
+    with pytest.raises(ArtifactError, match="mask_token"):
+        load_exported(tmp_path / "less")
+    save_artifact(tmp_path / "other", tensors, {**meta, "format": "language-model"})
+    with pytest.raises(ArtifactError, match="not a world-model artifact"):
+        load_exported(tmp_path / "other")
+    save_artifact(tmp_path / "wide", {**tensors, "dynamics/params/head_bias": np.zeros(3, np.float32)}, meta)
+    with pytest.raises(ArtifactError, match="head_bias has shape"):
+        load_exported(tmp_path / "wide")
+
+
+def test_curves_and_tables_of_the_report(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "other": 1}\n{"step": 5, "loss": 1.0}\n')
+    points = read_curve(log, "loss")
+    assert points == [(1.0, 3.0), (5.0, 1.0)]
+    svg = curve_svg(points, "a <b>")
+    assert svg.count("<polyline") == 1
+    assert "a &lt;b&gt;" in svg
+    assert "5 steps" in svg
+    assert curve_svg(points[:1], "x") == ""
+    assert table(["<h>"], [["1"]]) == "<table><tr><th>&lt;h&gt;</th></tr><tr><td>1</td></tr></table>"

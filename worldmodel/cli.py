@@ -1,0 +1,214 @@
+"""Commands of `python -m worldmodel`: one dataclass each, parsed by tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from common.artifact.budget import format_size_table
+from common.errors import ConfigError, GolfError
+from worldmodel.coinrun import CoinrunConfig, load_profile, run_coinrun
+from worldmodel.config import EvaluateConfig, RolloutConfig, TrainConfig
+from worldmodel.data.collect import CollectConfig, run_collect
+from worldmodel.data.importer import ImportConfig, run_import
+from worldmodel.data.inspect import InspectConfig, ValidateConfig, run_inspect, run_validate
+from worldmodel.data.records import open_dataset
+from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
+from worldmodel.evaluate.suite import evaluate_world
+from worldmodel.export import export_world, load_exported
+from worldmodel.rollout.render import rollout_rows, write_picture_files
+from worldmodel.rollout.world import World, load_world
+from worldmodel.runs import write_json_atomic
+from worldmodel.train.loop import train
+
+PROFILES = ("cpu", "gpu", "paper")
+BAD_INPUT_STATUS = 2
+STOPPED_STATUS = 3
+
+
+@dataclass(frozen=True)
+class WorldSource:
+    """Which trained world to use: a run folder of stage dynamics, or an artifact."""
+
+    run: str = ""
+    """Run folder of the dynamics."""
+    tokenizer_run: str = ""
+    """Run folder of its tokenizer, when it has moved since training."""
+    from_artifact: str = ""
+    """Artifact file of `export`."""
+
+    def load(self) -> World:
+        """The world.
+
+        Raises:
+            ConfigError: not exactly one of the two is given.
+        """
+        if bool(self.run) == bool(self.from_artifact):
+            raise ConfigError("name one source of weights: --run RUN_FOLDER or --from-artifact FILE")
+        if self.from_artifact:
+            return load_exported(self.from_artifact)
+        return load_world(self.run, tokenizer_run=self.tokenizer_run)
+
+
+@dataclass(frozen=True)
+class RolloutCommand:
+    """Draw dreamed clips beside the truth: PNG, GIF and MP4 grids."""
+
+    world: Annotated[WorldSource, tyro.conf.arg(name="")] = field(default_factory=WorldSource)
+    latent_run: str = ""
+    """Run folder of a second world with latent actions (same tokenizer), for its rows."""
+    latent_artifact: str = ""
+    """The same, from an artifact."""
+    data_dir: str = ""
+    """Data set of the true clips; the one of training by default."""
+    split: str = "val"
+    out_dir: str = "rollouts"
+    clips: int = 4
+    seed: int = 0
+    formats: tuple[Literal["png", "gif", "mp4"], ...] = ("png", "gif", "mp4")
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Score a world on fixed clips, with intervals."""
+
+    world: Annotated[WorldSource, tyro.conf.arg(name="")] = field(default_factory=WorldSource)
+    data_dir: str = ""
+    """Data set; the one of training by default."""
+    json: str = ""
+    """File for the JSON document; it is printed when none is named."""
+    overwrite: bool = False
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a trained world to one quantized artifact file."""
+
+    run: str
+    """Run folder of the dynamics."""
+    out: str
+    """Artifact file."""
+    tokenizer_run: str = ""
+    grid: Literal["int8", "int4"] = "int8"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train one stage, or go on with it."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    overwrite: bool = False
+    """Discard an earlier run in the same folder."""
+
+
+def _train_presets() -> dict[str, TrainCommand]:
+    presets = {}
+    for profile in PROFILES:
+        loaded = load_profile(profile)
+        for stage in ("tokenizer", "dynamics", "dynamics_latent"):
+            presets[f"{profile}-{stage.replace('_', '-')}"] = TrainCommand(getattr(loaded, stage))
+        lam = dataclasses.replace(
+            loaded.dynamics_latent, stage="lam", steps=loaded.dynamics_latent.steps, run_dir="runs/lam"
+        )
+        presets[f"{profile}-lam"] = TrainCommand(lam)
+    return presets
+
+
+def _command_type() -> Any:
+    plain = {
+        "collect": (CollectConfig, "record games"),
+        "import": (ImportConfig, "bring your own videos"),
+        "inspect": (InspectConfig, "what a data set holds"),
+        "validate": (ValidateConfig, "find damage in a data set"),
+        "tokenize": (TokenizeConfig, "write the token form of a data set"),
+        "rollout": (RolloutCommand, "draw dreamed clips"),
+        "evaluate": (EvaluateCommand, "score a world"),
+        "export": (ExportCommand, "write a world to one file"),
+        "coinrun": (CoinrunConfig, "the whole case study"),
+    }
+    train_type = tyro.extras.subcommand_type_from_defaults(_train_presets(), prefix_names=False)
+    kinds = [Annotated[train_type, tyro.conf.subcommand("train", description="train one stage of a preset")]]
+    kinds += [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in plain.items()]
+    return Union[tuple(kinds)]  # noqa: UP007 (the members are built at run time)
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists; choose another place or pass --overwrite")
+
+
+def _rollout(command: RolloutCommand) -> None:
+    worlds = [command.world.load()]
+    if command.latent_run or command.latent_artifact:
+        worlds.append(WorldSource(run=command.latent_run, from_artifact=command.latent_artifact).load())
+    dataset = open_dataset(command.data_dir or worlds[0].config.data_dir, command.split)
+    out = Path(command.out_dir)
+    total = command.rollout.prompt_frames + command.rollout.horizon
+    clips = dataset.fixed_windows(command.clips, total, seed=command.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    for index in range(command.clips):
+        for name in command.formats:
+            _refuse_existing(out / f"clip_{index}.{name}", command.overwrite)
+    for index in range(command.clips):
+        rows = rollout_rows(
+            worlds, clips["frames_BTHWC"][index], clips["actions_BT"][index], command.rollout, seed=command.seed
+        )
+        for path in write_picture_files(rows, out / f"clip_{index}", formats=command.formats, fps=dataset.fps / 3):
+            print(path)
+
+
+def _evaluate(command: EvaluateCommand) -> None:
+    if command.json:
+        _refuse_existing(Path(command.json), command.overwrite)
+    world = command.world.load()
+    document = evaluate_world(world, command.data_dir or world.config.data_dir, command.evaluate)
+    if command.json:
+        write_json_atomic(Path(command.json), document)
+        print(command.json)
+    else:
+        print(json.dumps(document, indent=2))
+
+
+def run(command: Any) -> int:
+    """Do what a parsed command says; the exit status."""
+    if isinstance(command, TrainCommand):
+        return 0 if train(command.config, overwrite=command.overwrite)["status"] == "finished" else STOPPED_STATUS
+    if isinstance(command, CollectConfig):
+        run_collect(command)
+    elif isinstance(command, ImportConfig):
+        run_import(command)
+    elif isinstance(command, InspectConfig):
+        run_inspect(command)
+    elif isinstance(command, ValidateConfig):
+        run_validate(command)
+    elif isinstance(command, TokenizeConfig):
+        run_tokenize(command)
+    elif isinstance(command, RolloutCommand):
+        _rollout(command)
+    elif isinstance(command, EvaluateCommand):
+        _evaluate(command)
+    elif isinstance(command, ExportCommand):
+        world = load_world(command.run, tokenizer_run=command.tokenizer_run)
+        print(format_size_table(export_world(world, command.out, grid=command.grid, overwrite=command.overwrite)))
+    else:
+        run_coinrun(command)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run; named errors become one line and status 2."""
+    try:
+        return run(tyro.cli(_command_type(), args=arguments, prog="python -m worldmodel"))
+    except GolfError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return BAD_INPUT_STATUS

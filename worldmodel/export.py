@@ -1,0 +1,142 @@
+"""Trained worlds to and from one artifact file, through `common/quant` and `common/artifact`.
+
+An artifact holds the tokenizer and the dynamics of a world: what inference needs and nothing else (no optimizer, no
+counters). It is read back into fresh models, strictly: every name and shape must be the configuration's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from common.artifact.budget import SizeReport
+from common.artifact.container import load_artifact, save_artifact
+from common.errors import ArtifactError, CheckpointError, ConfigError
+from common.quant.grid import GridSpec, QuantizedTensor, quantize
+from worldmodel.config import TrainConfig, from_dict, to_dict
+from worldmodel.data.tokenize import tokenizer_sha256
+from worldmodel.models.tokenizer import Tokenizer
+from worldmodel.rollout.world import World
+from worldmodel.train.restore import empty_dynamics
+from worldmodel.train.state import Functional, fill_names, flatten_names, values_of
+
+TRAINING_ONLY = ("idle_V", "spare_VL")
+FORMAT = "worldmodel-1"
+GRIDS: dict[str, tuple[GridSpec, GridSpec]] = {
+    # (weight matrices of transformer blocks, tables and the other matrices)
+    "int8": (GridSpec("int", 8, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
+    "int4": (GridSpec("int", 4, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
+}
+MIN_QUANTIZED_VALUES = 512
+
+
+def inference_values(model: Any) -> dict[str, np.ndarray]:
+    """All arrays of a model that inference reads, by slash-separated name."""
+    params, stats = values_of(model)
+    flat = {f"params/{name}": value for name, value in flatten_names(params).items()}
+    flat |= {f"stats/{name}": value for name, value in flatten_names(stats).items()}
+    return {name: np.asarray(value, np.float32) for name, value in flat.items() if not name.endswith(TRAINING_ONLY)}
+
+
+def weights_sha256(model: Any) -> str:
+    """Digest of a model's inference weights (names, shapes, bytes)."""
+    digest = hashlib.sha256()
+    for name, value in sorted(inference_values(model).items()):
+        digest.update(f"{name}:{value.shape};".encode())
+        digest.update(np.ascontiguousarray(value, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def fill_model(model: Any, flat: dict[str, np.ndarray], *, where: str) -> Any:
+    """A model with these inference values; counters of training stay as built."""
+    params, stats = values_of(model)
+    kept = {name: np.asarray(v) for name, v in flatten_names(stats).items() if name.endswith(TRAINING_ONLY)}
+    given = {name.removeprefix("stats/"): v for name, v in flat.items() if name.startswith("stats/")}
+    weights = {name.removeprefix("params/"): v for name, v in flat.items() if name.startswith("params/")}
+    try:
+        filled = fill_names(params, weights, where=where), fill_names(stats, {**kept, **given}, where=where)
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    return Functional(model).merge(*filled)
+
+
+def _is_block_matrix_name(name: str) -> bool:
+    return name.endswith("/kernel") and "/layer_" in name
+
+
+def export_world(world: World, path: str | Path, *, grid: str = "int8", overwrite: bool = False) -> SizeReport:
+    """Quantize a world and write it to one file.
+
+    Linear kernels are stored as (inputs, outputs) and quantized per output, so each is transposed first: a row of the
+    grid is then one output unit.
+
+    Args:
+        world: float world.
+        path: file.
+        grid: int8, or int4 (matrices of blocks at 4 bits, the rest at 8).
+        overwrite: replace an existing file.
+
+    Returns:
+        Where every byte went.
+
+    Raises:
+        ConfigError: unknown grid, or the file exists.
+    """
+    if grid not in GRIDS:
+        raise ConfigError(f"unknown grid {grid!r}; choose from {', '.join(GRIDS)}")
+    if Path(path).exists() and not overwrite:
+        raise ConfigError(f"{path} exists; choose another --out or pass --overwrite")
+    block_spec, table_spec = GRIDS[grid]
+    tensors: dict[str, QuantizedTensor | np.ndarray] = {}
+    for prefix, model in (("tokenizer", world.tokenizer), ("dynamics", world.dynamics)):
+        for name, value in inference_values(model).items():
+            full = f"{prefix}/{name}"
+            if value.ndim == 2 and value.size >= MIN_QUANTIZED_VALUES:
+                spec = block_spec if _is_block_matrix_name(name) else table_spec
+                rows = np.ascontiguousarray(value.T) if name.endswith("/kernel") else value
+                tensors[full] = quantize(rows, spec, full)
+            else:
+                tensors[full] = value
+    meta = {
+        "format": FORMAT,
+        "grid": grid,
+        "num_actions": world.num_actions,
+        "config": to_dict(world.config),
+        "tokenizer_sha256": tokenizer_sha256(world.tokenizer),
+        "dynamics_sha256": weights_sha256(world.dynamics),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return save_artifact(path, tensors, meta)
+
+
+def load_exported(path: str | Path) -> World:
+    """A world from an artifact, in fresh models.
+
+    Raises:
+        ArtifactError: damaged, not a world, or not of the configuration that it states.
+    """
+    tensors, meta = load_artifact(path)
+    if meta.get("format") != FORMAT or not isinstance(meta.get("num_actions"), int):
+        raise ArtifactError(
+            f"{path}: meta format is {meta.get('format')!r}, expected {FORMAT!r}: not a world-model artifact"
+        )
+    try:
+        config = from_dict(TrainConfig, meta["config"], where=str(path))
+    except (ConfigError, KeyError) as error:
+        raise ArtifactError(f"{path}: its configuration is not readable ({error}); export it again") from error
+    parts: dict[str, dict[str, np.ndarray]] = {"tokenizer": {}, "dynamics": {}}
+    for full, value in tensors.items():
+        prefix, _, name = full.partition("/")
+        if prefix not in parts:
+            raise ArtifactError(f"{path}: unknown tensor {full!r}; expected names under tokenizer/ and dynamics/")
+        quantized = value.ndim == 2 and value.size >= MIN_QUANTIZED_VALUES
+        parts[prefix][name] = value.T if quantized and name.endswith("/kernel") else value
+    tokenizer = fill_model(Tokenizer(config.tokenizer, rngs=nnx.Rngs(0)), parts["tokenizer"], where=str(path))
+    dynamics = fill_model(empty_dynamics(config, meta["num_actions"]), parts["dynamics"], where=str(path))
+    return World(
+        config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta['grid']}) {Path(path).name}"
+    )

@@ -1,0 +1,191 @@
+"""MaskGIT sampling of future frames: exact schedule, true confidences, exact temporal key/value cache.
+
+Legend: B batch · T time · N tokens of a frame · P prompt frames · F future frames · A transitions · V codes · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from common.errors import ConfigError
+from worldmodel.config import RolloutConfig
+from worldmodel.models.blocks import LayerMemory
+from worldmodel.models.dynamics import Dynamics
+
+
+def mask_counts(tokens: int, steps: int) -> tuple[int, ...]:
+    """How many tokens stay masked after each decode step: a cosine schedule made exact.
+
+    Source: Chang et al., "MaskGIT" (2022), section 3.3, cosine schedule. Ours rounds so that every step fixes at least
+    one token and the last leaves none; more steps than tokens are not run.
+
+    Args:
+        tokens: N, all masked at first.
+        steps: decode steps wanted.
+
+    Returns:
+        Strictly decreasing counts, the last 0, of length min(steps, tokens).
+    """
+    steps = min(steps, tokens)
+    counts: list[int] = []
+    left = tokens
+    for step in range(1, steps + 1):
+        wanted = round(tokens * float(np.cos(0.5 * np.pi * step / steps)))
+        left = max(min(wanted, left - 1), steps - step)
+        counts.append(left)
+    return tuple(counts)
+
+
+def sample_frame(
+    logits_of: Callable[[Array, Array], Array], shape_BN: tuple[int, int], config: RolloutConfig, key: Array
+) -> Array:
+    """Fill in one frame, most confident tokens first.
+
+    Args:
+        logits_of: (tokens, masked) -> float32 logits (B, N, V) on the model's own scale.
+        shape_BN: clips and tokens.
+        config: decode steps and temperatures.
+        key: random key; unused where both temperatures are 0.
+
+    Returns:
+        int32 tokens (B, N).
+    """
+    tokens_BN = jnp.zeros(shape_BN, jnp.int32)
+    masked_BN = jnp.ones(shape_BN, bool)
+    for index, left in enumerate(mask_counts(shape_BN[1], config.decode_steps)):
+        logits_BNV = logits_of(tokens_BN, masked_BN)
+        token_key, choice_key = jax.random.split(jax.random.fold_in(key, index))
+        if config.temperature > 0.0:
+            drawn_BN = jax.random.categorical(token_key, logits_BNV / config.temperature)
+        else:
+            drawn_BN = jnp.argmax(logits_BNV, axis=-1)
+        tokens_BN = jnp.where(masked_BN, drawn_BN.astype(jnp.int32), tokens_BN)
+        if left == 0:
+            break
+        log_probs_BNV = jax.nn.log_softmax(logits_BNV, axis=-1)
+        confidence_BN = jnp.take_along_axis(log_probs_BNV, drawn_BN[..., None], axis=-1)[..., 0]
+        if config.choice_temperature > 0.0:
+            noise_BN = jax.random.gumbel(choice_key, shape_BN)
+            confidence_BN = confidence_BN + config.choice_temperature * (left / shape_BN[1]) * noise_BN
+        confidence_BN = jnp.where(masked_BN, confidence_BN, jnp.inf)  # what is fixed stays fixed
+        rank_BN = jnp.argsort(jnp.argsort(confidence_BN, axis=-1, stable=True), axis=-1, stable=True)
+        masked_BN = rank_BN < left
+    return tokens_BN
+
+
+def cached_next_frame(
+    model: Dynamics,
+    memory: list[LayerMemory],
+    action_BD: Array,
+    time: Array,
+    config: RolloutConfig,
+    key: Array,
+) -> tuple[Array, list[LayerMemory]]:
+    """Sample frame number `time` and remember it.
+
+    Args:
+        model: dynamics.
+        memory: keys and values of the frames before.
+        action_BD: conditioning of this frame.
+        time: int32 scalar.
+        config: sampling.
+        key: random key.
+
+    Returns:
+        Tokens (B, N) and the memory with the finished frame.
+    """
+
+    def logits_of(tokens_BN: Array, masked_BN: Array) -> Array:
+        return model.cached_logits(tokens_BN, masked_BN, action_BD, memory, time)[0]
+
+    tokens_BN = sample_frame(logits_of, (action_BD.shape[0], model.frame.tokens), config, key)
+    return tokens_BN, model.cached_logits(tokens_BN, None, action_BD, memory, time)[1]
+
+
+def remember_prompt(model: Dynamics, prompt_BPN: Array, action_BTD: Array) -> list[LayerMemory]:
+    """Memory of the true prompt frames.
+
+    Args:
+        model: dynamics.
+        prompt_BPN: tokens.
+        action_BTD: conditioning of at least the P prompt frames.
+
+    Returns:
+        Keys and values of every layer.
+    """
+
+    def remember(memory: list[LayerMemory], inputs: tuple[Array, Array, Array]) -> tuple[list[LayerMemory], None]:
+        tokens_BN, action_BD, time = inputs
+        return model.cached_logits(tokens_BN, None, action_BD, memory, time)[1], None
+
+    P = prompt_BPN.shape[1]
+    inputs = (prompt_BPN.swapaxes(0, 1), action_BTD[:, :P].swapaxes(0, 1), jnp.arange(P))
+    memory, _ = jax.lax.scan(remember, model.blocks.empty_memory(prompt_BPN.shape[0]), inputs)
+    return memory
+
+
+def rollout_tokens(model: Dynamics, prompt_BPN: Array, actions_BA: Array, config: RolloutConfig, key: Array) -> Array:
+    """Tokens of the frames that follow a prompt.
+
+    Args:
+        model: dynamics.
+        prompt_BPN: tokens of the true first frames.
+        actions_BA: action numbers of the P - 1 + F transitions from frame 0 on (-1 unknown).
+        config: sampling; `horizon` is F.
+        key: random key; the same key gives the same noise whatever the actions.
+
+    Returns:
+        int32 (B, F, N).
+
+    Raises:
+        ConfigError: too few actions, an action outside the model's range (checked by `check_actions`), or a rollout
+            longer than a learned time table.
+    """
+    P, F = prompt_BPN.shape[1], config.horizon
+    if actions_BA.shape[1] < P - 1 + F:
+        raise ConfigError(f"{P} prompt frames and {F} future ones need {P - 1 + F} actions, got {actions_BA.shape[1]}")
+    model.blocks.check_length(P + F)
+    action_BTD = model.shift_actions(model.embed_action_codes(actions_BA[:, : P - 1 + F]))
+    if not config.use_cache:
+        return _rollout_without_cache(model, prompt_BPN, action_BTD, config, key)
+    memory = remember_prompt(model, prompt_BPN, action_BTD)
+
+    def advance(memory: list[LayerMemory], inputs: tuple[Array, Array]) -> tuple[list[LayerMemory], Array]:
+        action_BD, time = inputs
+        tokens_BN, memory = cached_next_frame(model, memory, action_BD, time, config, jax.random.fold_in(key, time))
+        return memory, tokens_BN
+
+    times = jnp.arange(P, P + F)
+    _, tokens_FBN = jax.lax.scan(advance, memory, (action_BTD[:, P:].swapaxes(0, 1), times))
+    return tokens_FBN.swapaxes(0, 1)
+
+
+def _rollout_without_cache(
+    model: Dynamics, prompt_BPN: Array, action_BTD: Array, config: RolloutConfig, key: Array
+) -> Array:
+    history_BTN = prompt_BPN
+    for time in range(prompt_BPN.shape[1], prompt_BPN.shape[1] + config.horizon):
+        action_BSD = action_BTD[:, : time + 1]
+
+        def logits_of(
+            tokens_BN: Array, masked_BN: Array, past: Array = history_BTN, action_BSD: Array = action_BSD
+        ) -> Array:
+            whole_BTN = jnp.concatenate([past, tokens_BN[:, None]], axis=1)
+            return model.next_frame_logits(whole_BTN, masked_BN, action_BSD)
+
+        shape_BN = (prompt_BPN.shape[0], model.frame.tokens)
+        tokens_BN = sample_frame(logits_of, shape_BN, config, jax.random.fold_in(key, time))
+        history_BTN = jnp.concatenate([history_BTN, tokens_BN[:, None]], axis=1)
+    return history_BTN[:, prompt_BPN.shape[1] :]
+
+
+def check_actions(actions: np.ndarray, num_actions: int, *, where: str) -> None:
+    """Raise ConfigError unless all action numbers are -1 (unknown) or a model's action."""
+    bad = actions[(actions < -1) | (actions >= num_actions)]
+    if bad.size:
+        raise ConfigError(f"{where}: action {int(bad[0])} is outside -1..{num_actions - 1}, the range of this model")

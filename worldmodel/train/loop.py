@@ -1,0 +1,328 @@
+"""The training loop, for every stage: build or resume, step, log, evaluate, checkpoint, stop cleanly.
+
+Legend: B batch · T time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from common.errors import ConfigError, DataError
+from worldmodel.config import TrainConfig, to_dict
+from worldmodel.data.pipeline import make_loader
+from worldmodel.data.records import open_dataset
+from worldmodel.data.tokenize import tokenizer_sha256
+from worldmodel.data.tokens import require_tokenizer
+from worldmodel.runs import RunFolder, RunLog
+from worldmodel.train.checkpoint import Checkpoints
+from worldmodel.train.objectives import DynamicsObjective, LamObjective, Objective, TokenizerObjective
+from worldmodel.train.optim import make_optimizer
+from worldmodel.train.restore import load_lam, load_tokenizer
+from worldmodel.train.state import Functional, Tree, make_mesh, place_batch, state_shardings, values_of
+
+EVAL_SEED = 20_240
+
+
+class Loader(Protocol):
+    """What the loop needs of a data source."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
+class Source:
+    """The data of a run: loader of the training split, fixed clips of both splits, number of actions."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Open the data set of a config (and its tokenised form where one is named)."""
+        self.config = config
+        train = open_dataset(config.data_dir, "train")
+        frame = config.tokenizer.frame
+        if tuple(train.frame_shape) != (frame.height, frame.width, frame.channels):
+            raise DataError(
+                f"{config.data_dir}: frames are {tuple(train.frame_shape)}, this configuration expects "
+                f"{(frame.height, frame.width, frame.channels)}; "
+                "collect or import at that size, or change tokenizer.frame"
+            )
+        self.num_actions = train.num_actions
+        self._train = train
+
+    def loader(self, *, with_frames: bool) -> Loader:
+        """Shuffled windows of the training split, this process's share; without pixels where the stage needs none."""
+        config = self.config
+        return make_loader(
+            config.data_dir,
+            split="train",
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=config.loader_threads,
+            with_tokens=config.token_dir or None,
+            with_frames=with_frames,
+        )
+
+    def initial_clips(self) -> dict[str, np.ndarray]:
+        """Fixed training clips for data-dependent initialisation."""
+        count = min(self.config.init_clips, self._train.num_windows(self.config.seq_len))
+        return self._train.fixed_windows(count, self.config.seq_len, seed=self.config.seed)
+
+    def validation_clips(self) -> dict[str, np.ndarray]:
+        """Fixed validation clips, the same at every evaluation and for every run with this data."""
+        val = open_dataset(self.config.data_dir, "val")
+        count = min(self.config.eval_clips, val.num_windows(self.config.seq_len))
+        return val.fixed_windows(count, self.config.seq_len, seed=EVAL_SEED)
+
+
+def make_objective(config: TrainConfig, num_actions: int) -> Objective:
+    """The objective of a stage, with the frozen models that it needs read from their run folders."""
+    if config.stage == "tokenizer":
+        return TokenizerObjective(config)
+    if config.stage == "lam":
+        return LamObjective(config)
+    if not config.tokenizer_run:
+        raise ConfigError("stage dynamics needs tokenizer_run, the run folder of a trained tokenizer")
+    tokenizer = load_tokenizer(config.tokenizer_run, expected=config.tokenizer)
+    if config.token_dir:
+        require_tokenizer(config.token_dir, tokenizer_sha256(tokenizer))
+    lam = None
+    if config.dynamics.action_source == "latent-frozen":
+        lam = load_lam(config.lam_run, expected=config.lam)
+    return DynamicsObjective(config, tokenizer, num_actions=num_actions, lam=lam)
+
+
+def initial_state(
+    config: TrainConfig, objective: Objective, clips: dict[str, np.ndarray] | None
+) -> tuple[Functional, Tree]:
+    """A fresh model and training state.
+
+    Args:
+        config: stage config.
+        objective: of the stage.
+        clips: for data-dependent initialisation; None skips it (a checkpoint will replace the values).
+
+    Returns:
+        The model's structure and the state at step 0.
+    """
+    init_key, data_key, run_key = jax.random.split(jax.random.key(config.seed), 3)
+    model = objective.build(nnx.Rngs(params=init_key))
+    if clips is not None:
+        objective.initialize(model, clips, data_key)
+    params, stats = values_of(model)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "stats": stats,
+        "opt": make_optimizer(config.optim, config.steps).init(params),
+        "ema": jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {},
+        "key": jax.random.key_data(run_key),
+    }
+    return Functional(model), state
+
+
+def make_step(
+    config: TrainConfig, objective: Objective, functional: Functional, mesh: Mesh, state: Tree
+) -> Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, dict[str, Array]]]:
+    """The compiled training step: (state, frozen, batch) -> (state, scalars); the old state's buffers are reused."""
+    optimizer = make_optimizer(config.optim, config.steps)
+
+    def step(state: Tree, frozen: Tree, batch: dict[str, Array]) -> tuple[Tree, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+
+        def loss_of(params: Tree) -> tuple[Array, tuple[dict[str, Array], Tree]]:
+            model = functional.merge(params, state["stats"])
+            loss, scalars = objective.loss(model, frozen, batch, key)
+            return loss, (scalars, values_of(model)[1])
+
+        (loss, (scalars, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        model = functional.merge(optax.apply_updates(state["params"], updates), stats)
+        objective.after_update(model)
+        params, stats = values_of(model)
+        ema = state["ema"]
+        if config.optim.ema > 0:
+            # Early averages would remember the initial weights: the decay grows with the step.
+            decay = jnp.minimum(config.optim.ema, (1.0 + state["step"]) / (10.0 + state["step"]))
+            ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+        new_state = {
+            "step": state["step"] + 1, "params": params, "stats": stats, "opt": opt, "ema": ema, "key": state["key"]
+        }  # fmt: skip
+        return new_state, {"loss": loss, "grad_norm": optax.global_norm(grads), **scalars}
+
+    shardings = state_shardings(state, mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_report(
+    config: TrainConfig, objective: Objective, functional: Functional
+) -> Callable[[Tree, Tree, dict[str, Array]], dict[str, Array]]:
+    """The compiled costly metrics, on averaged weights where there are any."""
+
+    def report(state: Tree, frozen: Tree, batch: dict[str, Array]) -> dict[str, Array]:
+        params = state["ema"] if config.optim.ema > 0 else state["params"]
+        return objective.report(functional.merge(params, state["stats"]), frozen, batch)
+
+    return jax.jit(report)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying; a second SIGINT interrupts at once."""
+    caught: list[int] = []
+
+    def handler(number: int, _frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def hardware_line() -> str:
+    """Devices and cores, for logs and summaries."""
+    kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    return f"{jax.device_count()} x {kinds} ({jax.default_backend()}), {os.cpu_count()} CPU cores"
+
+
+def request_determinism(config: TrainConfig) -> None:
+    """Ask XLA for deterministic GPU kernels; it reads the flag when the backend starts, so call this first."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.deterministic and flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
+def train(
+    config: TrainConfig,
+    *,
+    overwrite: bool = False,
+    source: Source | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Train one stage to its end, or until a stop signal; run it again to continue.
+
+    Args:
+        config: what to train.
+        overwrite: discard an earlier run in the same folder.
+        source: data; opened from the config by default.
+        on_step: called after each step with its number (progress bars, tests).
+
+    Returns:
+        The summary: status "finished" or "stopped", steps, seconds, last metrics.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: bad configuration, data or run folder.
+        FloatingPointError: the loss is no longer finite.
+    """
+    request_determinism(config)
+    as_json = to_dict(config)
+    run = RunFolder(config.run_dir, as_json, overwrite=overwrite)
+    if run.summary is not None:
+        return run.summary
+    source = source or Source(config)
+    mesh = make_mesh(config.mesh)
+    objective = make_objective(config, source.num_actions)
+    checkpoints = Checkpoints(run.path, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    loader = source.loader(with_frames="frames_BTHWC" in objective.batch_keys)
+    resuming = checkpoints.latest is not None
+    functional, state = initial_state(config, objective, None if resuming else source.initial_clips())
+    state = jax.device_put(state, state_shardings(state, mesh))
+    first = 0
+    if resuming:
+        first, state, loader_state = checkpoints.restore(state, config=as_json)
+        loader.restore(loader_state)
+    frozen = jax.device_put(objective.frozen, state_shardings(objective.frozen, mesh))
+    validation = source.validation_clips()
+    validation = place_batch(pad_clips(validation, mesh, objective.batch_keys), mesh)
+    step_fn = make_step(config, objective, functional, mesh, state)
+    report_fn = make_report(config, objective, functional)
+    log = RunLog(run, step=first, tensorboard=config.tensorboard, wandb=config.wandb, hardware=hardware_line())
+    parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
+    metrics: dict[str, float] = {}
+    batches = iter(loader)
+    started_s = window_s = time.perf_counter()
+    window_cpu_s, window_step, step, status = time.process_time(), first, first, "finished"
+    try:
+        with stop_signals() as caught:
+            while step < config.steps:
+                batch = next(batches)
+                placed = place_batch({name: batch[name] for name in objective.batch_keys}, mesh)
+                state, scalars = step_fn(state, frozen, placed)
+                step += 1
+                logged = step % config.log_every == 0 or step == config.steps
+                evaluated = step % config.eval_every == 0 or step == config.steps
+                if logged or evaluated:
+                    values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+                    if not np.isfinite(values["loss"]):
+                        raise FloatingPointError(f"loss is {values['loss']} at step {step}; lower the learning rate")
+                    now_s = time.perf_counter()
+                    frames = (step - window_step) * config.batch_size * config.seq_len
+                    values["frames_per_s"] = frames / max(now_s - window_s, 1e-9)
+                    values["cpu_ms_per_step"] = 1e3 * (time.process_time() - window_cpu_s) / (step - window_step)
+                    if evaluated:
+                        report = jax.device_get(report_fn(state, frozen, validation))
+                        metrics = {f"val_{name}": float(value) for name, value in report.items()}
+                        values |= metrics
+                    log.write(step, **values)
+                    window_s, window_cpu_s, window_step = time.perf_counter(), time.process_time(), step
+                if on_step is not None:
+                    on_step(step)
+                if step % config.checkpoint_every == 0 or step == config.steps or caught:
+                    checkpoints.save(step, state, config=as_json, loader_state=loader.state())
+                if caught:
+                    status = "stopped"
+                    break
+    finally:
+        checkpoints.close()
+        log.close()
+    summary = {
+        "status": status,
+        "stage": config.stage,
+        "steps": step,
+        "parameters": parameters,
+        "optimizer_values": sum(x.size for x in jax.tree.leaves(state["opt"])),
+        "seconds": time.perf_counter() - started_s,
+        "seconds_from_step": first,
+        "hardware": hardware_line(),
+        "frames_per_step": config.batch_size * config.seq_len,
+        "metrics": metrics,
+    }
+    if status == "finished":
+        run.finish(summary)
+    return summary
+
+
+def pad_clips(clips: dict[str, np.ndarray], mesh: Mesh, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Drop clips beyond a multiple of the devices (at least one per device is needed) and keep what the stage reads."""
+    devices = mesh.size
+    count = len(clips["actions_BT"]) // devices * devices
+    if count == 0:
+        raise DataError(
+            f"{len(clips['actions_BT'])} validation clips cannot be split over {devices} devices; raise eval_clips"
+        )
+    wanted = set(keys) - {"tokens_BTN"} | {"frames_BTHWC"}
+    return {name: value[:count] for name, value in clips.items() if name in wanted}
