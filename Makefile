@@ -7,10 +7,10 @@ MAKEFLAGS += --no-builtin-rules
 
 VENV := .venv
 PY := $(VENV)/bin/python
-EXTRAS := lm,dev
+EXTRAS := lm,worldmodel,coinrun,dev
 # The stamp carries the hash of the pins (pyproject.toml above its first [tool.*] table), the extras and this recipe: other
 # edits, a new checkout or a touched file install nothing.
-PINS := $(shell { sed '/^\[tool\./,$$d' pyproject.toml; echo '$(EXTRAS)'; } | sha256sum | cut -c1-16)
+PINS := $(shell { sed '/^\[tool\./,$$d' pyproject.toml; cat containers/coinrun.no-deps.txt; echo '$(EXTRAS)'; } | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.pins-$(PINS)
 # Two processes of one thread each: the tests are small, and more threads only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
@@ -31,6 +31,10 @@ setup: $(STAMP)  ## make .venv, once and again only when the pins change (PYTHON
 .PHONY: demo
 demo: $(STAMP)  ## train a small model on the standard library's text, export it, score the artifact, plot (CPU, minutes)
 	$(PY) scripts/demo.py $(ARGS)
+
+.PHONY: coinrun
+coinrun: $(STAMP)  ## record CoinRun, train a world model, roll it out, score it, write the page (PROFILE=cpu|gpu|paper)
+	$(PY) -m worldmodel coinrun --profile $(or $(PROFILE),cpu) $(ARGS)
 
 .PHONY: test
 test: $(STAMP)  ## all tests but the slow ones and those that need a GPU (ARGS='-k name')

@@ -49,6 +49,14 @@ pip=("$venv/bin/pip" install --disable-pip-version-check --quiet --quiet "${pip_
 # that is added later needs no new setup.
 "${pip[@]}" --config-settings editable_mode=compat --editable "$root[$extras]"
 
+# procgen-mirror and gym3 pin NumPy < 2 but run on 2.4; its wheels exist for Python 3.11 and 3.12.
+if [[ ",$extras," == *,coinrun,* ]]; then
+    if ! "${pip[@]}" --no-deps --requirement "$root/containers/coinrun.no-deps.txt"; then
+        echo "setup: CoinRun (procgen-mirror) could not be installed; it has wheels for Python 3.11 and 3.12 on Linux only." \
+            "Everything but recording games works without it."
+    fi
+fi
+
 gpu=${GPU:-auto}
 if [[ "$gpu" == auto ]]; then
     gpu=0
