@@ -7,7 +7,6 @@ proves what made it.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -17,25 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, ConfigError
+from common.files import write_atomically
 from worldmodel.config import read_json, resume_differences
 
 OUR_PACKAGES = ("common", "worldmodel")
 NAMED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 
 
-def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Write a whole file under a temporary name, then give it its own."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_text_atomic(path: Path, text: str) -> None:
-    """As `write_bytes_atomic`, in UTF-8."""
-    write_bytes_atomic(path, text.encode("utf-8"))
+    """As `common.files.write_atomically`, in UTF-8."""
+    write_atomically(path, text.encode("utf-8"))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.errors import ConfigError
+from common.files import write_atomically
 from worldmodel.config import RolloutConfig
 from worldmodel.rollout.world import World
-from worldmodel.runs import write_bytes_atomic
 
 LABEL_WIDTH = 132
 GAP = 2
@@ -145,6 +145,6 @@ def write_picture_files(
             assert content is not None
         else:
             raise ConfigError(f"unknown picture format {name!r}; choose from png, gif, mp4")
-        write_bytes_atomic(path, content)
+        write_atomically(path, content)
         paths.append(path)
     return paths
