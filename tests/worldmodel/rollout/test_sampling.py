@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
@@ -26,6 +26,7 @@ def dynamics(**changes) -> Dynamics:
     return model
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 60))
 def test_every_decode_step_fixes_something_and_the_last_everything(tokens, steps):
     counts = mask_counts(tokens, steps)

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from common.errors import CheckpointError, ConfigError
 from tests.worldmodel.small import DYNAMICS, LAM, OPTIM, TOKENIZER, MemorySource, game_clips, train_config
@@ -178,7 +179,7 @@ def test_arrays_are_split_over_fsdp_where_they_can_be():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     state = {"big": np.zeros((130, 256)), "odd": np.zeros((129, 257)), "small": np.zeros((4,))}
     shardings = state_shardings(state, mesh)
-    assert shardings["big"].spec == (None, "fsdp")
+    assert shardings["big"].spec == PartitionSpec(None, "fsdp")
     assert shardings["odd"].is_fully_replicated
     assert shardings["small"].is_fully_replicated
     with pytest.raises(ConfigError, match="needs 64 devices"):
