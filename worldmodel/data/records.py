@@ -42,7 +42,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +53,7 @@ import zstandard
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from common.errors import DataError
+from common.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "worldmodel-records"
@@ -167,26 +167,6 @@ def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, sync, and move into place.
-
-    Args:
-        path: final name; an existing file is replaced in one step.
-        content: the whole new content.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _transpose_images(source_NWHC: np.ndarray, out_NHWC: np.ndarray) -> None:
@@ -539,7 +519,7 @@ def write_manifest(data_dir: str | Path, manifest: Mapping[str, Any]) -> dict[st
         part for name in names for part in (name.encode(), bytes.fromhex(splits[name]["content_sha256"]))
     )
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_bytes_atomically(Path(data_dir) / MANIFEST_NAME, text.encode())
+    write_atomically(Path(data_dir) / MANIFEST_NAME, text.encode())
     return manifest
 
 
