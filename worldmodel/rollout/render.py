@@ -117,6 +117,16 @@ def png_bytes(image_HWC: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def mp4_bytes(film_THWC: np.ndarray, *, fps: float, scale: int = 1) -> bytes:
+    """An H.264 film; `scale` enlarges each pixel to a square, inside the encoder."""
+    enlarge = ["-vf", f"scale=iw*{scale}:ih*{scale}:flags=neighbor"] if scale > 1 else []
+    content = iio.imwrite(
+        "<bytes>", film_THWC, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2, output_params=enlarge
+    )
+    assert content is not None
+    return content
+
+
 def write_picture_files(
     rows: list[Row], stem: Path, *, formats: tuple[str, ...], fps: float, scale: int = 2
 ) -> list[Path]:
@@ -140,9 +150,7 @@ def write_picture_files(
         elif name == "gif":
             content = gif_bytes(movie(rows, scale=scale), fps=fps)
         elif name == "mp4":
-            film = movie(rows, scale=scale)
-            content = iio.imwrite("<bytes>", film, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2)
-            assert content is not None
+            content = mp4_bytes(movie(rows, scale=scale), fps=fps)
         else:
             raise ConfigError(f"unknown picture format {name!r}; choose from png, gif, mp4")
         write_atomically(path, content)
