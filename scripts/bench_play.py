@@ -1,4 +1,4 @@
-"""Load test of `python -m worldmodel play`: many players at once, for minutes; speed, latency, memory, lost connections.
+"""Load test of `python -m worldmodel play`: many players for minutes; speed, latency, memory, lost connections.
 
     python scripts/bench_play.py --players 8 --seconds 300 --json play.json
     python scripts/bench_play.py --players 1 --fps 60 --seconds 340      # 20,000 frames of one game: is memory flat?

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import uvicorn
 
-from worldmodel.play.messages import Settings
 from worldmodel.play.server import make_app
 from worldmodel.play.start import PlayConfig, make_host
 

@@ -25,10 +25,13 @@ def request(slot: int, frame: int, *, base: int = 0, temperature: float = 0.0, s
 
 def test_a_dream_beyond_the_window_equals_the_rollout_without_a_cache(pool):
     begin(pool, 0)
-    got = [pool.step([request(0, 2 + i)])[0].tokens_N for i in range(10)]  # the window has 4 frames
-    actions_BA = np.concatenate([[1], ACTIONS[2:12]])[None]
-    config = RolloutConfig(prompt_frames=2, horizon=10, decode_steps=2, use_cache=False)
-    wanted = rollout_tokens(pool.world.dynamics, PROMPT_TOKENS[None], actions_BA, config, jax.random.key(0))
+    got = [pool.step([request(0, 2 + i)])[0].tokens_N for i in range(7)]  # the window has 4 frames
+    actions_BA = np.concatenate([[1], ACTIONS[2:9]])[None]
+    config = RolloutConfig(prompt_frames=2, horizon=7, decode_steps=2, use_cache=False)
+    model = pool.world.dynamics
+    wanted = jax.jit(lambda prompt, actions: rollout_tokens(model, prompt, actions, config, jax.random.key(0)))(
+        PROMPT_TOKENS[None], actions_BA
+    )
     np.testing.assert_array_equal(np.stack(got), wanted[0])
     assert len({tuple(tokens) for tokens in got}) > 2  # a dream that stands still would prove nothing
 
