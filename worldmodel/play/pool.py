@@ -136,7 +136,9 @@ class DreamPool:
         return (*(1 << e for e in range(self.slots.bit_length()) if 1 << e < self.slots), self.slots)
 
     def compile_step(self, size: int) -> None:
-        """Compile the step of one batch size. The one method that may run on another thread beside the others."""
+        """Compile the step of one batch size, once. The one method that may run on another thread beside the others."""
+        if size in self._compiled:
+            return
         whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (self._values, self._pool))
         lanes = (
             jax.ShapeDtypeStruct((size,), jnp.int32), jax.ShapeDtypeStruct((size, 5), jnp.int32),
