@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import DataError
 
-CHART_WIDTH, CHART_HEIGHT, CHART_LEFT, CHART_BOTTOM = 460, 230, 54, 34
+CHART_WIDTH, CHART_HEIGHT, CHART_LEFT, CHART_BOTTOM = 470, 230, 66, 34
 TREEMAP_WIDTH, TREEMAP_HEIGHT = 940, 300
 # Distinguishable with the common colour deficiencies and on white; runs beyond eight begin again.
 REPORT_COLOURS = ("#0969da", "#d9772b", "#1a7f37", "#a0349d", "#cf222e", "#7a5ea8", "#6b5900", "#00707a")
