@@ -51,7 +51,7 @@ from worldmodel.rollout.render import gif_bytes, mp4_bytes
 
 FRAMES_WAITING = 2
 NOTES_WAITING = 64
-HELLO_TIMEOUT_S = 10.0
+HELLO_TIMEOUT_S, CLOSE_TIMEOUT_S = 10.0, 2.0
 MESSAGES_PER_S, MESSAGE_BURST = 120.0, 240.0
 # WebSocket close codes (RFC 6455, section 7.4.1; 1013 of its registry). 4001 is ours.
 CLOSE_BAD_MESSAGE, CLOSE_FULL, CLOSE_ELSEWHERE = 1008, 1013, 4001
@@ -71,20 +71,25 @@ PAGE_FILES = {"/": ("index.html", "text/html"), "/play.js": ("play.js", "text/ja
 class Outbox:
     """What waits for one connection: a few notes in order, and the newest pictures only."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_overflow: Callable[[], None]) -> None:
+        """Args:
+            on_overflow: told when too many notes wait: the connection does not read and is to be ended.
+        """
         self.dropped = 0
         self.overflown = False
+        self._on_overflow = on_overflow
         self._notes: deque[str] = deque()
         self._frames: deque[tuple[Shown, float]] = deque()
         self._filled = asyncio.Event()
 
     def put_note(self, note: dict[str, Any]) -> None:
-        """A message that must not get lost; a connection that lets too many pile up is `overflown`."""
-        if len(self._notes) >= NOTES_WAITING:
-            self.overflown = True
-        else:
+        """A message that must not get lost; a connection that lets too many pile up is given up."""
+        if len(self._notes) < NOTES_WAITING:
             self._notes.append(json.dumps(note))
-        self._filled.set()
+            self._filled.set()
+        elif not self.overflown:
+            self.overflown = True
+            self._on_overflow()
 
     def put_frame(self, shown: Shown, step_ms: float) -> None:
         """A picture; the oldest waiting one gives way."""
@@ -95,16 +100,10 @@ class Outbox:
         self._filled.set()
 
     async def get(self) -> str | bytes:
-        """The next message to send; notes first.
-
-        Raises:
-            MessageError: the connection has not read its notes.
-        """
+        """The next message to send; notes first."""
         while not self._notes and not self._frames:
             self._filled.clear()
             await self._filled.wait()
-        if self.overflown:
-            raise MessageError(f"{NOTES_WAITING} messages wait unread; the connection is too slow")
         if self._notes:
             return self._notes.popleft()
         shown, step_ms = self._frames.popleft()
@@ -180,14 +179,14 @@ class GameHost:
             due = sorted((p for p in playing if p.next_due_s <= now_s), key=lambda p: p.next_due_s)
             if due:
                 began_s = loop.time()
-                await self.on_model(self._advance, [p.session for p in due])
+                advanced = await self.on_model(self._advance, [p.session for p in due])
                 step_ms = (loop.time() - began_s) * 1e3
-                self.steps += len(due)
+                self.steps += len(advanced)
                 for player in due:
                     # Due times lie on a common grid, so that players of one speed are stepped together.
                     interval_s = 1.0 / player.session.settings.fps
                     player.next_due_s = (math.floor(now_s / interval_s) + 1) * interval_s
-                    if player.outbox is not None:
+                    if player.outbox is not None and player.session.slot in advanced:
                         player.outbox.put_frame(player.session.shown, step_ms)
                     if player.session.recording_full:
                         await self._end_recording(player, "the recording is full")
@@ -200,11 +199,13 @@ class GameHost:
             except TimeoutError:
                 continue
 
-    def _advance(self, sessions: list[Session]) -> None:
-        """On the model's thread."""
+    def _advance(self, sessions: list[Session]) -> set[int]:
+        """On the model's thread; the slots that were stepped (a pause may have come between)."""
+        sessions = [session for session in sessions if session.due]
         requests = [session.request() for session in sessions]
-        for session, result in zip(sessions, self.pool.step(requests), strict=True):
+        for session, result in zip(sessions, self.pool.step(requests) if requests else [], strict=True):
             session.finish(result)
+        return {session.slot for session in sessions}
 
     async def compile_batches(self) -> None:
         """Compile the larger batches while the first players already play in smaller ones."""
@@ -334,7 +335,8 @@ class GameHost:
             self._note(player, {"type": "notice", "text": "nothing was recorded" if taken is None else "still saving"})
             return
         player.saving = True
-        job = asyncio.create_task(self._save(player, *taken, why))
+        pictures, form = taken
+        job = asyncio.create_task(self._save(player, pictures, form, why))
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
 
@@ -417,7 +419,8 @@ async def serve_connection(host: GameHost, websocket: WebSocket) -> None:
         return
     await websocket.accept()
     loop = asyncio.get_running_loop()
-    outbox, player, ended = Outbox(), None, asyncio.Event()
+    ended = asyncio.Event()
+    outbox, player = Outbox(ended.set), None
     tasks: list[asyncio.Task[Any]] = []
     code, reason = 1000, ""
 
@@ -456,7 +459,9 @@ async def serve_connection(host: GameHost, websocket: WebSocket) -> None:
             return
         tasks = [asyncio.create_task(work) for work in (listen(player), send(), replaced())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if ended.is_set():
+        if outbox.overflown:
+            code, reason = CLOSE_BAD_MESSAGE, f"{NOTES_WAITING} messages wait unread; the connection is too slow"
+        elif ended.is_set():
             code, reason = CLOSE_ELSEWHERE, "this game is played in another window now"
         for task in done:
             await task
@@ -479,12 +484,14 @@ async def serve_connection(host: GameHost, websocket: WebSocket) -> None:
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:
     shortened = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
     try:
-        if reason:
-            await websocket.send_text(json.dumps({"type": "error", "text": reason}))
-        await websocket.close(code, shortened)
-    except (WebSocketDisconnect, RuntimeError) as error:
-        # The other side was faster. Anything else is a fault of ours.
-        if isinstance(error, RuntimeError) and "close" not in str(error).lower():
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):  # who does not read, does not read this either
+            if reason:
+                await websocket.send_text(json.dumps({"type": "error", "text": reason}))
+            await websocket.close(code, shortened)
+    except (WebSocketDisconnect, TimeoutError):
+        return  # the other side was faster, or is gone
+    except RuntimeError as error:
+        if "close" not in str(error).lower():  # Starlette's word for a connection that has ended already
             raise
 
 
