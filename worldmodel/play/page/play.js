@@ -211,7 +211,7 @@ for (const [id, work] of Object.entries(DO)) at(id).addEventListener("click", wo
 at("clip").addEventListener("change", DO.reset);
 at("pilot").addEventListener("change", () => send({ type: "pilot", name: at("pilot").value }));
 for (const id of ["temperature", "decode", "fps"]) at(id).addEventListener("change", () => {
-  if (at(id).checkValidity()) send(settings());
+  if (at(id).checkValidity()) { notice(""); send(settings()); }
   else notice(`${at(id).labels[0].textContent.trim()}: expected ${at(id).min} to ${at(id).max}`);
 });
 
