@@ -1,6 +1,8 @@
 """One player's game: rewind is exact, history and recordings are bounded, wishes are checked."""
 
 import dataclasses
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,3 +167,22 @@ def test_drift_is_called_above_the_bound_only(make_session, pool, clips):
     assert all(s.drifting for s in play(session, pool, 2))
     assert shown[0].drift_bits == pytest.approx(shown[0].entropy_bits)
     assert dataclasses.replace(shown[0]).psnr_db != shown[0].psnr_db  # NaN: there is nothing to compare with
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc, which is Linux")
+def test_memory_is_flat_over_20000_frames(make_session, pool):
+    def resident_mb() -> float:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize() / 1e6
+
+    session = make_session(limits=Limits(900, 900))
+    session.handle(Pilot("random"))
+    session.handle(Record(True))
+    measured = []
+    for _ in range(20):
+        for _ in range(1000):
+            session.finish(pool.step([session.request()])[0])
+        measured.append(resident_mb())
+    assert session.frame == PROMPT - 1 + 20_000  # past the point where the clock is set back
+    assert measured[-1] - measured[2] < 4.0, measured
