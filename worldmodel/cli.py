@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +208,8 @@ def run(command: Any) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; named errors become one line and status 2."""
+    # Orbax announces as a warning that a folder opened for reading is opened for reading.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         return run(tyro.cli(_command_type(), args=arguments, prog="python -m worldmodel"))
     except GolfError as error:

@@ -6,6 +6,7 @@ Legend: S clips · T time · H W C frame.
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,24 @@ def _label_image(text: str, height: int, scale: int) -> np.ndarray:
     return np.asarray(image)
 
 
+def side_by_side(clips: list[list[Row]], labels: dict[str, str]) -> list[Row]:
+    """Some rows of several clips, the clips beside each other in each row.
+
+    Args:
+        clips: rows of each clip; every clip has the rows named in `labels`, of one length.
+        labels: label of a row -> what to call it here; the order is the result's.
+
+    Returns:
+        One row a label, as wide as all clips together.
+    """
+    rows = []
+    for label, name in labels.items():
+        lanes = [next(row.frames_THWC for row in clip if row.label == label) for clip in clips]
+        spaced = [np.pad(lane, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255) for lane in lanes[:-1]]
+        rows.append(Row(name, np.concatenate([*spaced, lanes[-1]], axis=2)))
+    return rows
+
+
 def sheet(rows: list[Row], *, scale: int = 2, every: int = 1) -> np.ndarray:
     """Rows side by side in time as one picture: (rows * H, label + T * W, 3) uint8."""
     lines = []
@@ -108,6 +127,16 @@ def gif_bytes(film_THWC: np.ndarray, *, fps: float) -> bytes:
     images = [Image.fromarray(frame) for frame in film_THWC]
     images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
     return buffer.getvalue()
+
+
+def mp4_bytes(film_THWC: np.ndarray, *, fps: float) -> bytes:
+    """An H.264 film; sides must be even."""
+    with warnings.catch_warnings():
+        # JAX warns of every fork in a process with threads; this one is followed by exec (ffmpeg) at once.
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        content = iio.imwrite("<bytes>", film_THWC, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2)
+    assert content is not None
+    return content
 
 
 def png_bytes(image_HWC: np.ndarray) -> bytes:
@@ -140,9 +169,7 @@ def write_picture_files(
         elif name == "gif":
             content = gif_bytes(movie(rows, scale=scale), fps=fps)
         elif name == "mp4":
-            film = movie(rows, scale=scale)
-            content = iio.imwrite("<bytes>", film, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2)
-            assert content is not None
+            content = mp4_bytes(movie(rows, scale=scale), fps=fps)
         else:
             raise ConfigError(f"unknown picture format {name!r}; choose from png, gif, mp4")
         write_atomically(path, content)
