@@ -1,8 +1,8 @@
 """Write the result tables of README.md from run folders: `make readme RUNS='runs/demo runs/coinrun-cpu'`.
 
 `docs/results.json` collects one record a run (copied out of `summary.json` and `demo.json`, or of a world model's
-`evaluation.json`), so the tables can be rendered anew, and checked, without the run folders. A later run of the same name
-replaces its record. The overview film of a world model is copied to `docs/RUN.gif`.
+`evaluation.json`), so the tables can be rendered anew, and checked, without the run folders. A later run of the same
+name replaces its record. The overview film of a world model is copied to `docs/RUN.gif`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from scripts.readme_tables import COLUMNS, WORLD_COLUMNS, read_record, read_world_record, render, replace_between, update
+from scripts.readme_tables import (
+    COLUMNS,
+    WORLD_COLUMNS,
+    read_record,
+    read_world_record,
+    render,
+    replace_between,
+    update,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "submissions", "worldmodel", "scripts")
