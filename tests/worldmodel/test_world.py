@@ -20,7 +20,6 @@ from worldmodel.rollout.render import (
     Row,
     gif_bytes,
     movie,
-    mp4_bytes,
     rollout_rows,
     sheet,
     side_by_side,
@@ -159,12 +158,6 @@ def test_clips_side_by_side_keep_their_places():
     for clip in range(3):
         assert (rows[0].frames_THWC[:, :, 6 * clip : 6 * clip + 4] == 10 * clip + 2).all()
         assert (rows[1].frames_THWC[:, :, 6 * clip : 6 * clip + 4] == 10 * clip).all()
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_film_is_written_without_warnings_of_others():
-    film = mp4_bytes(np.zeros((3, 32, 32, 3), np.uint8), fps=5)
-    assert film[4:8] == b"ftyp"
 
 
 def test_a_shorter_rollout_begins_like_the_longer_one(worlds):

@@ -6,7 +6,6 @@ Legend: S clips · T time · H W C frame.
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,10 +130,7 @@ def gif_bytes(film_THWC: np.ndarray, *, fps: float) -> bytes:
 
 def mp4_bytes(film_THWC: np.ndarray, *, fps: float) -> bytes:
     """An H.264 film; sides must be even."""
-    with warnings.catch_warnings():
-        # JAX warns of every fork in a process with threads; this one is followed by exec (ffmpeg) at once.
-        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
-        content = iio.imwrite("<bytes>", film_THWC, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2)
+    content = iio.imwrite("<bytes>", film_THWC, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2)
     assert content is not None
     return content
 
