@@ -1,7 +1,8 @@
-"""Write the result table of README.md from run folders: `make readme RUNS='runs/demo runs/other'`.
+"""Write the result tables of README.md from run folders: `make readme RUNS='runs/demo runs/coinrun-cpu'`.
 
-`docs/results.json` collects one record a run (copied out of `summary.json`, and of `demo.json` where a run has one), so
-the table can be rendered anew, and checked, without the run folders. A later run of the same name replaces its record.
+`docs/results.json` collects one record a run (copied out of `summary.json` and `demo.json`, or of a world model's
+`evaluation.json`), so the tables can be rendered anew, and checked, without the run folders. A later run of the same
+name replaces its record. The overview film of a world model is copied to `docs/RUN.gif`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,24 @@ COLUMNS = {
     "train_s": "training s",
     "val_bytes": "scored bytes",
 }
+WORLD_COLUMNS = {
+    "run": "run",
+    "tokenizer_psnr_db": "tokenizer, dB",
+    "above_copy_last_db_at_1": "rollout over copy-last, 1 frame, dB",
+    "above_copy_last_db_at_4": "4 frames",
+    "above_copy_last_db_at_8": "8 frames",
+    "delta_psnr_db": "Δ₄PSNR, dB",
+    "latent_delta_psnr_db": "Δ₄PSNR, latent actions",
+    "latent_actions_used": "latent actions in use",
+    "frames_per_s": "frames/s, batch 1",
+    "artifact_bytes": "artifact bytes",
+    "minutes": "minutes in all",
+    "clips": "validation clips",
+}
 FROM_SUMMARY = ("val_bpb", "float_val_bpb", "artifact_bytes", "total_bytes", "params", "tokens", "train_s", "val_bytes")
 FROM_DEMO = ("xz_bpb", "brotli_bpb")
+# Marker in README.md (and key in docs/results.json) -> columns.
+TABLES = {"results": COLUMNS, "worlds": WORLD_COLUMNS}
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -51,19 +68,53 @@ def read_record(run: Path) -> dict[str, Any]:
     return record
 
 
+def read_world_record(run: Path) -> dict[str, Any]:
+    """One finished run of `worldmodel coinrun` -> its record; intervals are kept as [value, low, high].
+
+    Raises DataError if evaluation.json lacks a field.
+    """
+    path = run / "evaluation.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        recorded, latent = document["dynamics"]["artifact"], document["dynamics_latent"]["artifact"]
+        record: dict[str, Any] = {
+            "run": run.name,
+            "tokenizer_psnr_db": _interval(recorded["tokenizer_psnr_db"]),
+            "delta_psnr_db": _interval(recorded["delta_psnr_db"]),
+            "latent_delta_psnr_db": _interval(latent["delta_psnr_db"]),
+            "latent_actions_used": f"{latent['action_codes']['used']} of {latent['action_codes']['of']}",
+            "frames_per_s": recorded["speed"]["frames_per_s"],
+            "artifact_bytes": document["dynamics"]["artifact_bytes"],
+            "minutes": document["seconds_total"] / 60,
+            "clips": recorded["data"]["clips"],
+        }
+        for horizon in ("1", "4", "8"):
+            entry = recorded["horizons"][horizon]["above_copy_last_db"]
+            record[f"above_copy_last_db_at_{horizon}"] = _interval(entry)
+    except KeyError as error:
+        raise DataError(f"{path} has no {error}; expected the evaluation.json of `make coinrun`") from error
+    return record
+
+
+def _interval(entry: dict[str, float]) -> list[float]:
+    return [entry["value"], entry["low"], entry["high"]]
+
+
 def cell(value: Any) -> str:
     if value is None:
         return "–"
+    if isinstance(value, list):
+        return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def render(records: list[dict[str, Any]]) -> str:
+def render(records: list[dict[str, Any]], columns: dict[str, str]) -> str:
     if not records:
-        return "No run is recorded yet: `make demo`, then `make readme RUNS=runs/demo`."
-    head = [f"| {' | '.join(COLUMNS.values())} |", f"|{' --- |' * len(COLUMNS)}"]
-    return "\n".join(head + [f"| {' | '.join(cell(record.get(name)) for name in COLUMNS)} |" for record in records])
+        return "No run is recorded yet: `make demo` or `make coinrun`, then `make readme RUNS=runs/NAME`."
+    head = [f"| {' | '.join(columns.values())} |", f"|{' --- |' * len(columns)}"]
+    return "\n".join(head + [f"| {' | '.join(cell(record.get(name)) for name in columns)} |" for record in records])
 
 
 def replace_between(text: str, name: str, body: str) -> str:
@@ -76,18 +127,25 @@ def replace_between(text: str, name: str, body: str) -> str:
 
 
 def update(root: Path, runs: list[Path]) -> str:
-    """Add the runs to docs/results.json, write README.md's table, and return the table."""
+    """Add the runs to docs/results.json, write README.md's tables, and return them."""
     store, readme = root / "docs" / "results.json", root / "README.md"
-    records = {record["run"]: record for record in json.loads(store.read_text(encoding="utf-8"))}
+    tables: dict[str, list[dict[str, Any]]] = json.loads(store.read_text(encoding="utf-8"))
     for run in runs:
-        record = read_record(run)
-        records[record["run"]] = record
-    ordered = [records[name] for name in sorted(records)]
-    table = render(ordered)
-    store.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(store, (json.dumps(ordered, indent=2) + "\n").encode())
-    write_atomically(readme, replace_between(readme.read_text(encoding="utf-8"), "results", table).encode())
-    return table
+        is_world = (run / "evaluation.json").is_file()
+        record = read_world_record(run) if is_world else read_record(run)
+        name = "worlds" if is_world else "results"
+        others = [other for other in tables[name] if other["run"] != record["run"]]
+        tables[name] = sorted([*others, record], key=lambda record: record["run"])
+        film = run / "rollouts" / "overview.gif"
+        if is_world and film.is_file():
+            write_atomically(root / "docs" / f"{run.name}.gif", film.read_bytes())
+    text = readme.read_text(encoding="utf-8")
+    rendered = {name: render(tables[name], columns) for name, columns in TABLES.items()}
+    for name, table in rendered.items():
+        text = replace_between(text, name, table)
+    write_atomically(store, (json.dumps(tables, indent=2) + "\n").encode())
+    write_atomically(readme, text.encode())
+    return "\n\n".join(rendered.values())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from scripts.readme_tables import COLUMNS, read_record, render, replace_between, update
+from scripts.readme_tables import (
+    COLUMNS,
+    WORLD_COLUMNS,
+    read_record,
+    read_world_record,
+    render,
+    replace_between,
+    update,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "submissions", "worldmodel", "scripts")
@@ -95,8 +103,9 @@ def _run(folder: Path, summary: dict, demo: dict | None = None) -> Path:
 
 def test_update_adds_and_replaces_runs(tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.json").write_text("[]", encoding="utf-8")
-    (tmp_path / "README.md").write_text("a\n<!-- results:begin (x) -->\nold\n<!-- results:end -->\nz", encoding="utf-8")
+    (tmp_path / "docs" / "results.json").write_text('{"results": [], "worlds": []}', encoding="utf-8")
+    text = "a\n<!-- results:begin (x) -->\nold\n<!-- results:end -->\n<!-- worlds:begin --><!-- worlds:end -->\nz"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
     run = _run(tmp_path / "runs" / "demo", SUMMARY, {"xz_bpb": 1.59, "brotli_bpb": 1.44})
     update(tmp_path, [run])
     (run / "summary.json").write_text(json.dumps(SUMMARY | {"val_bpb": 1.5}), encoding="utf-8")
@@ -112,6 +121,43 @@ def test_update_adds_and_replaces_runs(tmp_path):
     assert len(rows) == 4
 
 
+def _entry(value: float) -> dict:
+    return {"value": value, "low": value - 0.5, "high": value + 0.25}
+
+
+def test_update_adds_world_models_with_their_film(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.json").write_text('{"results": [], "worlds": []}', encoding="utf-8")
+    text = "<!-- results:begin --><!-- results:end -->\n<!-- worlds:begin --><!-- worlds:end -->"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    run = tmp_path / "runs" / "coinrun-cpu"
+    (run / "rollouts").mkdir(parents=True)
+    (run / "rollouts" / "overview.gif").write_bytes(b"film")
+    scores = {
+        "tokenizer_psnr_db": _entry(27), "delta_psnr_db": _entry(4), "speed": {"frames_per_s": 201.0},
+        "data": {"clips": 1024}, "action_codes": {"used": 6, "of": 6},
+        "horizons": {h: {"above_copy_last_db": _entry(int(h))} for h in ("1", "4", "8")},
+    }  # fmt: skip
+    world = {"artifact": scores, "artifact_bytes": 1_273_238}
+    document = {"dynamics": world, "dynamics_latent": world, "seconds_total": 90.0}
+    (run / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
+    update(tmp_path, [run])
+    assert (tmp_path / "docs" / "coinrun-cpu.gif").read_bytes() == b"film"
+    row = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()[-2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert dict(zip(WORLD_COLUMNS, cells, strict=True)) == {
+        "run": "coinrun-cpu", "tokenizer_psnr_db": "27.00 [26.50, 27.25]",
+        "above_copy_last_db_at_1": "1.00 [0.50, 1.25]", "above_copy_last_db_at_4": "4.00 [3.50, 4.25]",
+        "above_copy_last_db_at_8": "8.00 [7.50, 8.25]", "delta_psnr_db": "4.00 [3.50, 4.25]",
+        "latent_delta_psnr_db": "4.00 [3.50, 4.25]", "latent_actions_used": "6 of 6", "frames_per_s": "201",
+        "artifact_bytes": "1,273,238", "minutes": "1.5000", "clips": "1,024",
+    }  # fmt: skip
+    del document["dynamics_latent"]
+    (run / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(DataError, match=r"evaluation\.json has no 'dynamics_latent'"):
+        read_world_record(run)
+
+
 def test_bad_run_folders_and_texts_are_named(tmp_path):
     with pytest.raises(DataError, match=r"summary\.json is missing"):
         read_record(tmp_path)
@@ -120,4 +166,4 @@ def test_bad_run_folders_and_texts_are_named(tmp_path):
     for text in ("nothing", "<!-- results:end --> <!-- results:begin -->"):
         with pytest.raises(DataError, match="markers"):
             replace_between(text, "results", "new")
-    assert "No run" in render([])
+    assert "No run" in render([], COLUMNS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -211,6 +213,10 @@ def run(command: Any) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; named errors become one line and status 2."""
+    # Orbax announces as a warning that a folder opened for reading is opened for reading.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # JAX warns of every fork in a process with threads; ffmpeg's is followed by exec at once.
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     try:
         return run(tyro.cli(_command_type(), args=arguments, prog="python -m worldmodel"))
     except GolfError as error:

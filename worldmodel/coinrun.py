@@ -21,7 +21,7 @@ from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
 from worldmodel.evaluate.suite import evaluate_world
 from worldmodel.export import export_world, load_exported
 from worldmodel.report import write_report
-from worldmodel.rollout.render import rollout_rows, write_picture_files
+from worldmodel.rollout.render import rollout_rows, side_by_side, write_picture_files
 from worldmodel.rollout.world import World, load_world
 from worldmodel.runs import RunFolder, provenance, write_json_atomic, write_text_atomic
 from worldmodel.train.loop import hardware_line, train
@@ -161,9 +161,14 @@ def _draw(worlds: list[World], data_dir: str, out: Path, profile: Profile) -> No
     config = profile.evaluate.rollout
     dataset = open_dataset(data_dir, profile.evaluate.split)
     clips = dataset.fixed_windows(profile.rollout_clips, config.prompt_frames + config.horizon, seed=CLIP_SEED)
+    fps = max(dataset.fps / 3, 2.0)
+    drawn = []
     for index in range(profile.rollout_clips):
         rows = rollout_rows(worlds, clips["frames_BTHWC"][index], clips["actions_BT"][index], config)
-        write_picture_files(rows, out / f"clip_{index}", formats=("png", "gif", "mp4"), fps=max(dataset.fps / 3, 2.0))
+        write_picture_files(rows, out / f"clip_{index}", formats=("png", "gif", "mp4"), fps=fps)
+        drawn.append(rows)
+    overview = side_by_side(drawn, {"truth": "the game", "true actions": "the dream, same actions"})
+    write_picture_files(overview, out / "overview", formats=("gif",), fps=fps)
     write_json_atomic(out / "done.json", {"clips": profile.rollout_clips})
 
 

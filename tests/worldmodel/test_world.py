@@ -15,7 +15,15 @@ from tests.worldmodel.small import DYNAMICS, NUM_ACTIONS, MemorySource, game_cli
 from worldmodel.config import EvaluateConfig, RolloutConfig
 from worldmodel.evaluate import suite
 from worldmodel.export import GRIDS, export_world, inference_values, load_exported
-from worldmodel.rollout.render import Row, gif_bytes, movie, rollout_rows, sheet, write_picture_files
+from worldmodel.rollout.render import (
+    Row,
+    gif_bytes,
+    movie,
+    rollout_rows,
+    sheet,
+    side_by_side,
+    write_picture_files,
+)
 from worldmodel.rollout.world import World
 from worldmodel.train.loop import train
 from worldmodel.train.restore import load_dynamics, load_tokenizer
@@ -138,6 +146,27 @@ def test_rows_of_a_grid_and_their_files(worlds, tmp_path):
     assert len(iio.imread(paths[2])) == 5
     with pytest.raises(ConfigError, match="too short"):
         rollout_rows(list(worlds.values()), clips["frames_BTHWC"][0, :3], clips["actions_BT"][0], ROLLOUT)
+
+
+def test_clips_side_by_side_keep_their_places():
+    clips = [[Row(name, np.full((2, 4, 4, 3), 10 * clip + place, np.uint8)) for place, name in enumerate("abc")]
+             for clip in range(3)]  # fmt: skip
+    rows = side_by_side(clips, {"c": "see", "a": "ay"})
+    assert [row.label for row in rows] == ["see", "ay"]
+    assert rows[0].frames_THWC.shape == (2, 4, 3 * 4 + 2 * 2, 3)
+    for clip in range(3):
+        assert (rows[0].frames_THWC[:, :, 6 * clip : 6 * clip + 4] == 10 * clip + 2).all()
+        assert (rows[1].frames_THWC[:, :, 6 * clip : 6 * clip + 4] == 10 * clip).all()
+
+
+def test_a_shorter_rollout_begins_like_the_longer_one(worlds):
+    world = worlds["ground-truth"]
+    clips = game_clips(2, 6, seed=5)
+    prompt, actions = world.encode(clips["frames_BTHWC"])[:, :2], clips["actions_BT"][:, :-1]
+    config = dataclasses.replace(ROLLOUT, horizon=4, temperature=1.0, choice_temperature=1.0)
+    whole = world.rollout(prompt, actions, config, jax.random.key(2))
+    short = world.rollout(prompt, actions, dataclasses.replace(config, horizon=2), jax.random.key(2))
+    np.testing.assert_array_equal(short, whole[:, :2])
 
 
 def test_a_sheet_shows_each_pixel_where_it_belongs():

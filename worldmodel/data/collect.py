@@ -70,9 +70,9 @@ class CollectConfig:
     """Games side by side in one shard."""
     shard_steps: int = 1_600
     """Steps of every game in one shard; the games that are under way at the end are cut there."""
-    group_frames: int = 16
+    group_frames: int = 32
     """Frames compressed together."""
-    zstd_level: int = 5
+    zstd_level: int = 3
     scan: Scan = "auto"
     """Order of pixels in the compressor."""
     workers: int = 0

@@ -5,6 +5,7 @@ Legend: S clips · B clips of a batch · T time · F future frames · A transiti
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -61,6 +62,8 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
     def add(name: str, values: Array | np.ndarray) -> None:
         collected.setdefault(name, []).append(np.asarray(values))
 
+    # Noise is drawn by frame number, so a shorter rollout has the same first frames.
+    to_delta = dataclasses.replace(config.rollout, horizon=config.delta_horizon)
     rollout_s = 0.0
     for start in range(0, count, config.batch_size):
         stop = min(start + config.batch_size, count)
@@ -77,15 +80,15 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
         dream = world.decode(jnp.concatenate([tokens[:, :prompt], future], axis=1))[:, prompt:].block_until_ready()
         rollout_s += time.perf_counter() - began_s if start else 0.0
         shuffled = random_actions(driven, prompt - 1, world.dynamics.num_actions, rng)
-        other = world.rollout(tokens[:, :prompt], shuffled, config.rollout, key)
+        other = world.rollout(tokens[:, :prompt], shuffled, to_delta, key)
         other = world.decode(jnp.concatenate([tokens[:, :prompt], other], axis=1))[:, prompt:]
         last = jnp.broadcast_to(truth[:, prompt - 1 : prompt], truth[:, prompt:].shape)
         # SSIM costs more than the rollout itself: only the horizons asked for are scored.
         shown = np.asarray([prompt + h - 1 for h in config.horizons])
-        for name, got in (("rollout", dream), ("random", other), ("oracle", rebuilt[:, prompt:]), ("copy", last)):
+        add("random_mse", frame_mse(truth[:, prompt : prompt + config.delta_horizon], other)[:valid])
+        for name, got in (("rollout", dream), ("oracle", rebuilt[:, prompt:]), ("copy", last)):
             add(f"{name}_mse", frame_mse(truth[:, prompt:], got)[:valid])
-            if name != "random":
-                add(f"{name}_ssim", frame_ssim(truth[:, shown], got[:, shown - prompt])[:valid])
+            add(f"{name}_ssim", frame_ssim(truth[:, shown], got[:, shown - prompt])[:valid])
         add("tokenizer_mse", jnp.mean(frame_mse(truth, rebuilt), axis=1)[:valid])
         add("bits", world.bits(tokens, driven)[:valid, prompt - 1 :])
         add("tokens", tokens[:valid].reshape(valid, -1))

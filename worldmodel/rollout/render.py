@@ -81,6 +81,24 @@ def _label_image(text: str, height: int, scale: int) -> np.ndarray:
     return np.asarray(image)
 
 
+def side_by_side(clips: list[list[Row]], labels: dict[str, str]) -> list[Row]:
+    """Some rows of several clips, the clips beside each other in each row.
+
+    Args:
+        clips: rows of each clip; every clip has the rows named in `labels`, of one length.
+        labels: label of a row -> what to call it here; the order is the result's.
+
+    Returns:
+        One row a label, as wide as all clips together.
+    """
+    rows = []
+    for label, name in labels.items():
+        lanes = [next(row.frames_THWC for row in clip if row.label == label) for clip in clips]
+        spaced = [np.pad(lane, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255) for lane in lanes[:-1]]
+        rows.append(Row(name, np.concatenate([*spaced, lanes[-1]], axis=2)))
+    return rows
+
+
 def sheet(rows: list[Row], *, scale: int = 2, every: int = 1) -> np.ndarray:
     """Rows side by side in time as one picture: (rows * H, label + T * W, 3) uint8."""
     lines = []
@@ -118,7 +136,7 @@ def png_bytes(image_HWC: np.ndarray) -> bytes:
 
 
 def mp4_bytes(film_THWC: np.ndarray, *, fps: float, scale: int = 1) -> bytes:
-    """An H.264 film; `scale` enlarges each pixel to a square, inside the encoder."""
+    """An H.264 film, whose sides must be even; `scale` enlarges each pixel to a square, inside the encoder."""
     enlarge = ["-vf", f"scale=iw*{scale}:ih*{scale}:flags=neighbor"] if scale > 1 else []
     content = iio.imwrite(
         "<bytes>", film_THWC, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2, output_params=enlarge
