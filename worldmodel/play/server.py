@@ -472,11 +472,15 @@ async def serve_connection(host: GameHost, websocket: WebSocket) -> None:
     except WebSocketDisconnect:
         code = 0
     finally:
+        if player is not None:
+            host.leave(player, outbox)  # first: what is awaited below may be cut short
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if player is not None:
-            host.leave(player, outbox)
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:  # two may have failed at once; the first one's error is the one that counts
+            if not task.cancelled():
+                task.exception()
         if code:
             await _close(websocket, code, reason)
 

@@ -267,8 +267,8 @@ def test_places_of_lost_players_are_freed_in_time(client, host, monkeypatch):
     with client.websocket_connect("/play") as socket:
         Browser(socket)
     for _ in range(200):
-        if not host.players:
+        if len(host._free) == 2:
             break
         time.sleep(0.02)
-    assert not host.players
     assert sorted(host._free) == [0, 1]
+    assert not host.players
