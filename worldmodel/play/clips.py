@@ -14,7 +14,7 @@ from common.errors import DataError
 from worldmodel.data.records import EpisodeSet
 from worldmodel.rollout.world import World
 
-NAMING_CLIPS = 64
+NAMING_CLIPS = 512
 NAMING_FRAMES = 4
 
 
@@ -85,8 +85,9 @@ class ActionTable:
 def name_latent_actions(counts_AE: np.ndarray, game_names: tuple[str, ...]) -> ActionTable:
     """Names of latent actions from how often each was inferred where a recorded action was taken.
 
-    A latent action is called after the recorded action that it raises most over that action's overall share: the plain
-    most frequent one would call every latent action after what the policy does most.
+    A latent action is called after the recorded action with the largest term n log(lift) of its mutual information,
+    lift being that action's share where the latent one was inferred over its share overall. The plain most frequent one
+    would call every latent action after what the policy does most; the largest lift alone, after some rare accident.
 
     Args:
         counts_AE: how often latent action a was inferred where recorded action e was taken.
@@ -96,21 +97,20 @@ def name_latent_actions(counts_AE: np.ndarray, game_names: tuple[str, ...]) -> A
         The table. A latent action that never occurs stays without a game action.
     """
     total = max(float(counts_AE.sum()), 1.0)
-    smoothed_AE = counts_AE + 1.0
-    share_E = smoothed_AE.sum(axis=0) / smoothed_AE.sum()
-    given_AE = smoothed_AE / smoothed_AE.sum(axis=1, keepdims=True)
-    lift_AE = given_AE / share_E
+    share_A, share_E = counts_AE.sum(axis=1) / total, counts_AE.sum(axis=0) / total
+    lift_AE = (counts_AE / total) / np.maximum(np.outer(share_A, share_E), 1e-12)
+    term_AE = counts_AE * np.log(np.maximum(lift_AE, 1e-12))
     names, to_game = [], []
     for code, counts_E in enumerate(counts_AE):
         if not counts_E.sum():
             names.append(f"latent {code} (unused)")
             to_game.append(-1)
             continue
-        best = int(lift_AE[code].argmax())
+        best = int(term_AE[code].argmax())
         names.append(f"latent {code} ≈ {game_names[best]} ({lift_AE[code, best]:.1f}×, {counts_E.sum() / total:.0%})")
         to_game.append(best)
-    given_EA = smoothed_AE.T / smoothed_AE.T.sum(axis=1, keepdims=True)
-    return ActionTable(tuple(names), game_names, tuple(to_game), tuple(int(row.argmax()) for row in given_EA))
+    weight_EA = counts_AE.T + share_A  # an action that was never seen gets the most frequent latent one
+    return ActionTable(tuple(names), game_names, tuple(to_game), tuple(int(row.argmax()) for row in weight_EA))
 
 
 def action_table(world: World, dataset: EpisodeSet) -> ActionTable:

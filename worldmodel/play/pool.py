@@ -163,7 +163,8 @@ class DreamPool:
             uint8 picture (H, W, C) of the last one.
         """
         count = len(tokens_RN)
-        room = max(self.replay_frames, 1 << (count - 1).bit_length())  # few shapes, so few compilations
+        # One shape for all but prompts longer than a replay, so that no rewind has to wait for a compilation.
+        room = self.replay_frames if count <= self.replay_frames else 1 << (count - 1).bit_length()
         padded_RN = np.zeros((room, self.tokens), np.int32)
         padded_R = np.full(room, UNKNOWN_ACTION, np.int32)
         padded_RN[:count], padded_R[:count] = tokens_RN, action_R

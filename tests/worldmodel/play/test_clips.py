@@ -41,11 +41,14 @@ def test_clips_are_where_they_say(dataset):
 
 def test_latent_actions_are_named_after_what_they_raise_most():
     # The policy mostly goes right, so every code sees "right" most often; code 0 alone sees "left" at all.
+    rare = name_latent_actions(np.asarray([[80.0, 9.0, 1.0], [10.0, 90.0, 0.0]]), ("left", "right", "accident"))
+    assert rare.to_game_A == (0, 1)
+    assert rare.from_game_E == (0, 1, 0)
     counts = np.asarray([[30.0, 60.0], [0.0, 100.0], [0.0, 0.0]])
     table = name_latent_actions(counts, ("left", "right"))
     assert table.to_game_A == (0, 1, -1)
     assert table.from_game_E == (0, 1)
-    assert table.names[0].startswith("latent 0 ≈ left")
+    assert table.names[0].startswith("latent 0 ≈ left (2.1×, 47%)")
     assert table.names[2] == "latent 2 (unused)"
 
 
