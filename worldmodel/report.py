@@ -1,4 +1,7 @@
-"""What a run of `coinrun` adds to its report: bars, metrics with intervals, moving rollouts, curves of each stage."""
+"""What a run of `coinrun` adds to its report: bars, metrics with intervals, moving rollouts, curves of each stage.
+
+Only `common` is imported: the report of a language model is made where no JAX is installed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.artifact.container import read_artifact
+from common.files import write_atomically
 from common.report import (
     Curve,
     chart_svg,
@@ -19,7 +23,6 @@ from common.report import (
     read_log_events,
     treemap_svg,
 )
-from worldmodel.runs import write_text_atomic
 
 STAGES = ("tokenizer", "dynamics", "dynamics_latent")
 CURVES = ("loss", "val_psnr_db", "val_full_mask_ce_nats", "frames_per_s")
@@ -136,5 +139,5 @@ def write_report(root: Path, evaluation: dict[str, Any]) -> Path:
     config = json.loads((root / "config.json").read_text(encoding="utf-8"))
     parts.append(folded("Configuration", json.dumps(config, indent=1)))
     path = root / "report.html"
-    write_text_atomic(path, html_page(f"CoinRun world model, profile {profile}", parts))
+    write_atomically(path, html_page(f"CoinRun world model, profile {profile}", parts).encode())
     return path

@@ -44,6 +44,27 @@ def real_source(dataset: EpisodeSet) -> RealSource:
     return RealSource(options, "")
 
 
+def checked_source(source: RealSource, level_seed: int, prefix_N: np.ndarray, expected_HWC: np.ndarray) -> RealSource:
+    """The source, once its game was opened and shows a clip as recorded; else the reason why it does not.
+
+    A process's first game loads its pictures for seconds: better before the first player than in the middle of a game.
+
+    Args:
+        source: see `real_source`.
+        level_seed, prefix_N, expected_HWC: of one clip, see `RealGame.reset`.
+    """
+    if source.options is None or level_seed < 0:
+        return source
+    game = RealGame(source.options, history_frames=1)
+    try:
+        game.reset(level_seed, prefix_N, expected_HWC, 0)
+    except (ConfigError, DataError) as error:
+        return RealSource(None, str(error))
+    finally:
+        game.close()
+    return source
+
+
 class RealGame:
     """One level, played with the same actions as the dream; an ended level begins anew.
 

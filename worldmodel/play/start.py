@@ -14,7 +14,7 @@ from worldmodel.export import load_exported
 from worldmodel.play.clips import action_table, find_data_dir, start_clips
 from worldmodel.play.messages import MAX_FPS, Settings
 from worldmodel.play.pool import DreamPool
-from worldmodel.play.real import real_source
+from worldmodel.play.real import checked_source, real_source
 from worldmodel.play.server import GameHost, HostConfig, serve
 from worldmodel.play.session import Limits, calibrate
 from worldmodel.rollout.world import World, load_world
@@ -107,6 +107,7 @@ def make_host(config: PlayConfig, stack: ExitStack) -> GameHost:
     real = real_source(dataset)
     if not config.real:
         real = dataclasses.replace(real, options=None, reason="switched off with --no-real")
+    real = checked_source(real, clips[0].level_seed, clips[0].prefix_N, clips[0].frames_PHWC[-1])
     pool = DreamPool(world, config.max_players)
     fps = config.fps or dataset.fps
     settings = Settings(config.temperature, min(config.decode_steps, pool.tokens), fps)

@@ -8,7 +8,7 @@ import pytest
 from common.errors import ConfigError, DataError
 from worldmodel.data.records import find_problems, open_dataset
 from worldmodel.play.clips import find_data_dir, name_latent_actions, start_clips
-from worldmodel.play.real import KEEP_EVERY, RealGame, real_source
+from worldmodel.play.real import KEEP_EVERY, RealGame, checked_source, real_source
 from worldmodel.play.start import PlayConfig, load_for_play, make_host
 
 PLAY = files("worldmodel.play")
@@ -81,6 +81,12 @@ def test_the_real_game_begins_as_recorded_and_rewinds(dataset):
     pytest.importorskip("procgen", reason="procgen is not installed here")
     source = real_source(dataset)
     assert source.options is not None
+    first = start_clips(dataset, 1, 4)[0]
+    last_HWC = first.frames_PHWC[-1]
+    assert checked_source(source, first.level_seed, first.prefix_N, last_HWC) == source
+    refused = checked_source(source, first.level_seed, first.prefix_N, 255 - last_HWC)
+    assert refused.options is None
+    assert "does not look as recorded" in refused.reason
     game = RealGame(source.options, history_frames=60)
     for clip in start_clips(dataset, 12, 4):  # every packaged clip: reset compares with the recorded frame
         game.reset(clip.level_seed, clip.prefix_N, clip.frames_PHWC[-1], 3)
