@@ -36,6 +36,14 @@ demo: $(STAMP)  ## train a small model on the standard library's text, export it
 coinrun: $(STAMP)  ## record CoinRun, train a world model, roll it out, score it, write the page (PROFILE=cpu|gpu|paper)
 	$(PY) -m worldmodel coinrun --profile $(or $(PROFILE),cpu) $(ARGS)
 
+.PHONY: play
+play: $(STAMP)  ## steer the packaged CoinRun world in the browser (RUN=runs/coinrun-cpu, ARTIFACT=file, PORT=8377)
+	$(PY) -m worldmodel play $(if $(RUN),--run $(RUN)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+.PHONY: report
+report: $(STAMP)  ## one HTML page for a run folder of either learner, or for several (RUN='runs/a runs/b', OUT=page.html)
+	$(PY) scripts/report.py $(or $(RUN),runs/demo) $(if $(OUT),--out $(OUT)) $(ARGS)
+
 .PHONY: test
 test: $(STAMP)  ## all tests but the slow ones and those that need a GPU (ARGS='-k name')
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -4,7 +4,7 @@
 2. The `demo` preset trains on them (a progress bar on a terminal, lines elsewhere) and exports an artifact.
 3. A fresh process scores that artifact on the validation text; another one writes a sample.
 4. `xz -9` and `brotli -11` compress every validation document by itself: the yardstick.
-5. The curves go to a PNG in the run folder, the numbers to `demo.json`.
+5. The curves go to a PNG in the run folder, the numbers to `demo.json`, everything to one page, `report.html`.
 
 Every number comes out of a process or a file, none is typed in. The byte counts of three independent sources must
 agree: the documents decoded from the shards, the manifest, and the score.
@@ -33,6 +33,7 @@ from common.files import write_atomically
 from common.text.shards import list_shards, open_shard
 from common.text.tokenizer import load_tokenizer
 from scripts.plot_run import plot_run
+from scripts.report import write_run_report
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = ROOT / "submissions" / "jepa_mamba" / "train_gpt.py"
@@ -171,7 +172,7 @@ def run_demo(
     picture = plot_run(run)
     heading("result")
     print(results_table(result))
-    print(f"\ncurves: {picture}\nrun:    {run}")
+    print(f"\ncurves: {picture}\nreport: {write_run_report([run])}\nrun:    {run}")
     return result
 
 

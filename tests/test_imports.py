@@ -44,6 +44,7 @@ NUMPY_ONLY_EXTRAS = {
     "common/quant/bitpack.py": set(),
     "common/errors.py": set(),
     "common/files.py": set(),
+    "common/report.py": set(),
 }
 LAZY_ONLY = {"pyarrow", "huggingface_hub"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}

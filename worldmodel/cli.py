@@ -24,6 +24,7 @@ from worldmodel.data.records import open_dataset
 from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
 from worldmodel.evaluate.suite import evaluate_world
 from worldmodel.export import export_world, load_exported
+from worldmodel.play.start import PlayConfig, run_play
 from worldmodel.rollout.render import rollout_rows, write_picture_files
 from worldmodel.rollout.world import World, load_world
 from worldmodel.runs import write_json_atomic
@@ -136,6 +137,7 @@ def _command_type() -> Any:
         "rollout": (RolloutCommand, "draw dreamed clips"),
         "evaluate": (EvaluateCommand, "score a world"),
         "export": (ExportCommand, "write a world to one file"),
+        "play": (PlayConfig, "steer a world in the browser"),
         "coinrun": (CoinrunConfig, "the whole case study"),
     }
     train_type = tyro.extras.subcommand_type_from_defaults(_train_presets(), prefix_names=False)
@@ -202,6 +204,8 @@ def run(command: Any) -> int:
     elif isinstance(command, ExportCommand):
         world = load_world(command.run, tokenizer_run=command.tokenizer_run)
         print(format_size_table(export_world(world, command.out, grid=command.grid, overwrite=command.overwrite)))
+    elif isinstance(command, PlayConfig):
+        run_play(command)
     else:
         run_coinrun(command)
     return 0

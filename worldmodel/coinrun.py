@@ -145,7 +145,7 @@ def run_coinrun(config: CoinrunConfig) -> dict[str, Any]:
     evaluation["seconds_total"] = sum(timer.seconds.values())
     evaluation["training"] = summaries
     write_json_atomic(root / "evaluation.json", evaluation)
-    write_report(root, evaluation, list(stages))
+    write_report(root, evaluation)
     run.finish({"status": "finished", "seconds": timer.seconds, "bars": evaluation["bars"]})
     print(f"report: {root / 'report.html'}")
     print(json.dumps(evaluation["bars"], indent=2))

@@ -15,7 +15,6 @@ from tests.worldmodel.small import DYNAMICS, NUM_ACTIONS, MemorySource, game_cli
 from worldmodel.config import EvaluateConfig, RolloutConfig
 from worldmodel.evaluate import suite
 from worldmodel.export import GRIDS, export_world, inference_values, load_exported
-from worldmodel.report import curve_svg, read_curve, table
 from worldmodel.rollout.render import (
     Row,
     gif_bytes,
@@ -257,16 +256,3 @@ def test_artifacts_of_another_shape_are_refused(worlds, tmp_path, monkeypatch):
     save_artifact(tmp_path / "wide", {**tensors, "dynamics/params/head_bias": np.zeros(3, np.float32)}, meta)
     with pytest.raises(ArtifactError, match="head_bias has shape"):
         load_exported(tmp_path / "wide")
-
-
-def test_curves_and_tables_of_the_report(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "other": 1}\n{"step": 5, "loss": 1.0}\n')
-    points = read_curve(log, "loss")
-    assert points == [(1.0, 3.0), (5.0, 1.0)]
-    svg = curve_svg(points, "a <b>")
-    assert svg.count("<polyline") == 1
-    assert "a &lt;b&gt;" in svg
-    assert "5 steps" in svg
-    assert curve_svg(points[:1], "x") == ""
-    assert table(["<h>"], [["1"]]) == "<table><tr><th>&lt;h&gt;</th></tr><tr><td>1</td></tr></table>"

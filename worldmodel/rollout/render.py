@@ -128,18 +128,21 @@ def gif_bytes(film_THWC: np.ndarray, *, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def mp4_bytes(film_THWC: np.ndarray, *, fps: float) -> bytes:
-    """An H.264 film; sides must be even."""
-    content = iio.imwrite("<bytes>", film_THWC, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2)
-    assert content is not None
-    return content
-
-
 def png_bytes(image_HWC: np.ndarray) -> bytes:
     """A PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def mp4_bytes(film_THWC: np.ndarray, *, fps: float, scale: int = 1) -> bytes:
+    """An H.264 film, whose sides must be even; `scale` enlarges each pixel to a square, inside the encoder."""
+    enlarge = ["-vf", f"scale=iw*{scale}:ih*{scale}:flags=neighbor"] if scale > 1 else []
+    content = iio.imwrite(
+        "<bytes>", film_THWC, extension=".mp4", fps=fps, codec="libx264", macro_block_size=2, output_params=enlarge
+    )
+    assert content is not None
+    return content
 
 
 def write_picture_files(
