@@ -1,7 +1,7 @@
 """What a container runs: `docker run IMAGE COMMAND [ARGUMENTS]`. It also runs outside, from a checkout.
 
-The standard library only, and no shell: every command but `score` replaces this process by the program that it names, so
-signals reach the training loop and exit statuses come back unchanged. `score` prints exactly one JSON object.
+The standard library only, and no shell: every command but `score` replaces this process by the program that it names,
+so signals reach the training loop and exit statuses come back unchanged. `score` prints exactly one JSON object.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def command_line(name: str, arguments: Sequence[str], root: Path, python: str, i
         raise UsageError(f"unknown command {name!r}\n{usage()}")
     needs = COMMANDS[name][0]
     if needs not in installed:
-        raise UsageError(f"{name} needs {needs}, which this image has not; containers/README.md says what each image holds")
+        raise UsageError(f"{name} needs {needs}, which this image has not; see containers/README.md")
     entry = str(root / ENTRY)
     if name == "train":
         return [python, entry, *arguments]
@@ -113,7 +113,7 @@ def find_artifact(given: Path) -> Path:
     found = sorted(given.glob("*.artifact")) if given.is_dir() else []
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UsageError(f"{given}: found {names}, expected an artifact or a folder with one *.artifact (-v ARTIFACT:/in:ro)")
+        raise UsageError(f"{given}: found {names}, expected an artifact or a folder with one *.artifact")
     return found[0]
 
 
@@ -122,8 +122,8 @@ def hardware() -> dict[str, Any]:
     model = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
     gpus: list[str] = []
     if shutil.which("nvidia-smi") is not None:
         listed = subprocess.run(
@@ -149,8 +149,8 @@ def report(scored: Mapping[str, Any], root: Path, seconds: float) -> dict[str, A
     """The JSON object of `score`, from the one that train_gpt.py --score prints.
 
     Returns:
-        bpb (bits per byte of original text), loss (nats a token), tokens, bytes (of original text), the sha256 of code,
-        artifact, tokenizer, data and image (null outside an image), hardware, versions, seconds, and the scores themselves.
+        bpb (bits per byte of original text), loss (nats a token), tokens, bytes (of original text), the sha256 of
+        code, artifact, tokenizer, data and image (null outside one), hardware, versions, seconds, and every score.
     """
     manifest = root / IMAGE_MANIFEST
     return {
@@ -163,7 +163,7 @@ def report(scored: Mapping[str, Any], root: Path, seconds: float) -> dict[str, A
         "temperature": scored["temperature"],
         "artifact_bytes": scored["artifact_bytes"],
         "scores": {
-            mode: {key: value for key, value in score.items() if not key.endswith("_s")}
+            mode: {key: value for key, value in score.items() if key != "seconds"}
             for mode, score in scored["scores"].items()
         },
         "sha256": {

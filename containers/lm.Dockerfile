@@ -28,14 +28,14 @@ COPY containers/locks/cuda-build.lock containers/locks/lm.lock /locks/
 # Everything but the two packages that compile: torch has to be here before their build begins.
 RUN sed -n '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/p' /locks/lm.lock > /locks/sources.lock && \
     sed '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/d' /locks/lm.lock > /locks/wheels.lock && \
-    /opt/pip/bin/pip --python /opt/venv/bin/python install ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
+    /opt/pip/bin/pip --python /opt/venv/bin/python install -q ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
         --only-binary :all: -r /locks/wheels.lock
 
 # The two packages, compiled in a copy of that environment that also has the CUDA compiler.
 FROM environment AS sources
 ARG PIP_FLAGS=""
 ARG MAX_JOBS=2
-RUN /opt/pip/bin/pip --python /opt/venv/bin/python install ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -q ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
         --only-binary :all: -r /locks/cuda-build.lock
 COPY containers/nvcc_sm90.py /locks/
 # FORCE_BUILD: otherwise their setup.py fetches a ready wheel from a release page.
@@ -44,13 +44,14 @@ ENV CUDA_HOME=/opt/venv/lib/python3.11/site-packages/nvidia/cu13 PYTORCH_NVCC=/l
 # What a toolkit folder has and the wheels lay out otherwise: lib64, and libraries without a version in their name.
 RUN ln -s lib ${CUDA_HOME}/lib64 && \
     for library in ${CUDA_HOME}/lib/*.so.[0-9]*; do ln -sf "$(basename "${library}")" "${library%%.so.*}.so"; done
-RUN PATH=/opt/venv/bin:${CUDA_HOME}/bin:${PATH} /opt/pip/bin/pip --python /opt/venv/bin/python wheel ${PIP_FLAGS} --no-deps \
+RUN PATH=/opt/venv/bin:${CUDA_HOME}/bin:${PATH} /opt/pip/bin/pip --python /opt/venv/bin/python wheel -q ${PIP_FLAGS} --no-deps \
         --require-hashes --no-build-isolation --no-binary :all: -r /locks/sources.lock -w /wheels
 
 FROM environment AS complete
 COPY --from=sources /wheels /wheels
-RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-index --no-compile --no-deps /wheels/*.whl && \
-    /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -q --no-index --no-compile --no-deps /wheels/*.whl
+# Compiled by hash, not by date, so that two builds agree; but for what another Python's syntax needs.
+RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x 'py312_intrinsics' /opt/venv/lib
 COPY . /golf
 RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \
     /opt/venv/bin/python /golf/containers/manifest.py /opt/venv /golf > /tmp/image.manifest && \

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""nvcc for one architecture: mamba-ssm and causal-conv1d hard-code nine in setup.py, and eight are of no use on an H100.
+"""nvcc for one architecture: mamba-ssm and causal-conv1d hard-code nine in setup.py, and an H100 runs one of them.
 
-torch's build system calls the program that PYTORCH_NVCC names in place of nvcc. This one drops every `-gencode` pair from
-the command, asks for sm_90 alone, and becomes nvcc.
+torch's build system calls the program that PYTORCH_NVCC names in place of nvcc. This one drops every `-gencode` pair
+from the command, asks for sm_90 alone, and becomes nvcc.
 """
 
 from __future__ import annotations

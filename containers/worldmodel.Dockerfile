@@ -13,12 +13,13 @@ RUN ["python3.11", "-m", "venv", "/opt/pip"]
 RUN ["python3.11", "-m", "venv", "--without-pip", "/opt/venv"]
 COPY containers/locks/build.lock containers/locks/worldmodel.lock /locks/
 # build.lock is only for gym, which comes as sources: nothing that runs needs setuptools.
-RUN /opt/pip/bin/pip --python /opt/venv/bin/python install ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -q ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
         -r /locks/build.lock && \
-    /opt/pip/bin/pip --python /opt/venv/bin/python install ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
+    /opt/pip/bin/pip --python /opt/venv/bin/python install -q ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
         --no-build-isolation -r /locks/worldmodel.lock && \
-    /opt/pip/bin/pip --python /opt/venv/bin/python uninstall -q -y setuptools && \
-    /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+    /opt/pip/bin/pip --python /opt/venv/bin/python uninstall -q -y setuptools
+# Compiled by hash, not by date, so that two builds agree; but for what another Python's syntax needs.
+RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x 'py312_intrinsics' /opt/venv/lib
 COPY . /golf
 RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \
     /opt/venv/bin/python /golf/containers/manifest.py /opt/venv /golf > /tmp/image.manifest && \

@@ -32,8 +32,8 @@ NO_DEPS = "containers/coinrun.no-deps.txt"
 PYTHON_VERSION = "3.11"
 PLATFORM = "x86_64-manylinux_2_28"
 IMAGES = ("cpu", "lm", "worldmodel")
-# What the base of the Dockerfiles is replaced by where no image registry can be reached (`--stand-in-base`): Debian 12 with
-# its own Python 3.11 and headers, which Triton's and the packages' C sources include.
+# What replaces the base of the Dockerfiles where no image registry can be reached: Debian 12 with its own Python 3.11
+# and the headers that Triton and the packages' sources include.
 STAND_IN = "localhost/golf-base:bookworm"
 STAND_IN_PACKAGES = "ca-certificates,python3-venv,libpython3.11-dev"
 TOOLCHAIN_PACKAGES = ("g++",)
@@ -82,7 +82,7 @@ def requirements(lock: Lock, project: Mapping[str, Any], no_deps: str) -> list[s
     while waiting:
         extra = waiting.pop()
         if extra not in extras:
-            raise ConfigError(f"pyproject.toml has no extra {extra!r}; scripts/containers.py locks it for {lock.name}.lock")
+            raise ConfigError(f"pyproject.toml has no extra {extra!r}, which {lock.name}.lock is to pin")
         for requirement in extras[extra]:
             own = re.fullmatch(rf"{re.escape(project['project']['name'])}\[(.+)\]", requirement)
             waiting += own[1].split(",") if own else []
@@ -285,6 +285,23 @@ def build_stand_in() -> str:
     return STAND_IN
 
 
+def choose_base(image: str, given: str, root: Path) -> str:
+    """The base to build on: the one given, else "" for the pinned one where it can be had, else the stand-in.
+
+    The last is said aloud: such an image tests everything of ours but not the pinned base.
+    """
+    if given or docker_answers():
+        return given
+    text = (root / "containers" / f"{image}.Dockerfile").read_text(encoding="utf-8")
+    pinned = re.findall(r"^ARG BASE=(\S+)", text, re.MULTILINE)[0]
+    pulled = subprocess.run(["buildah", *storage(), "pull", "-q", pinned], capture_output=True, text=True, check=False)
+    if pulled.returncode == 0:
+        return ""
+    print(f"containers: {pinned} cannot be pulled ({pulled.stderr.strip()[-160:]})")
+    print(f"containers: NOT EXERCISED: the pinned base. {STAND_IN}, made from Debian's archive, stands in for it.")
+    return build_stand_in()
+
+
 def run_or_raise(line: Sequence[str]) -> None:
     """Run a command, its output on ours. Raises GolfError."""
     if subprocess.run(line, check=False).returncode != 0:
@@ -314,10 +331,12 @@ def build_line(image: str, context: Path, base: str, epoch: int, more: Sequence[
 def build(image: str, root: Path, base: str, environ: Mapping[str, str], more: Sequence[str]) -> Built:
     """Build one image. Raises GolfError."""
     uses_docker = docker_answers()
-    configured = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
-    flags, paths = pip_setup(configured.stdout)
+    configured = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
+    flags, paths = pip_setup(configured)
     flags += shlex.split(environ.get("PIP_FLAGS", ""))
-    given = ["--build-arg", f"PIP_FLAGS={shlex.join(flags)}", "--label", f"org.opencontainers.image.revision={revision(root)}"]
+    labels = {"revision": revision(root), "base.name": base or "pinned in the Dockerfile"}
+    given = ["--build-arg", f"PIP_FLAGS={shlex.join(flags)}"]
+    given += [word for key, value in labels.items() for word in ("--label", f"org.opencontainers.image.{key}={value}")]
     if uses_docker:
         if paths:
             print(f"containers: docker's builder mounts nothing; pip cannot see {', '.join(map(str, paths))} in there")
@@ -334,7 +353,7 @@ def build(image: str, root: Path, base: str, environ: Mapping[str, str], more: S
 
 
 def run_line(image: str, arguments: Sequence[str], mounts: Mapping[Path, str], more: Sequence[str] = ()) -> list[str]:
-    """The command that runs an image as an evaluation does: no network, nothing writable but /tmp and what is mounted so.
+    """The command that runs an image as an evaluation does: no network, nothing writable but /tmp and what is mounted.
 
     Args:
         mounts: folder or file here -> `PATH:ro` or `PATH` in the container.
@@ -376,8 +395,8 @@ def write_toolchain_lock(root: Path) -> Path:
         raise GolfError("Debian's packages could not be listed; the message is above")
     date = time.strftime("%Y-%m-%d", time.gmtime())
     head = (
-        f"# Written by `make lock ARGS=--debian`: {' '.join(TOOLCHAIN_PACKAGES)} on Debian 12, amd64, as of {date}. When a\n"
-        "# version has left the archive, give the archive of that date as APT_MIRROR (containers/README.md).\n"
+        f"# Written by `make lock ARGS=--debian`: {' '.join(TOOLCHAIN_PACKAGES)} on Debian 12, amd64, as of {date}.\n"
+        "# When a version has left the archive, give the archive of that date as APT_MIRROR (containers/README.md).\n"
     )
     target = root / LOCKS_DIR / TOOLCHAIN_LOCK
     write_atomically(target, (head + listed.stdout).encode())
@@ -402,16 +421,17 @@ def write_sbom(lock: Lock, root: Path, out: Path, audit: bool) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Locks, images and bills of materials.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    lock = commands.add_parser("lock", help="resolve pyproject.toml into containers/locks (needs uv)")
-    lock.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
-    lock.add_argument("--debian", action="store_true", help="pin the Debian packages too (needs buildah and mmdebstrap)")
-    make = commands.add_parser("build", help="build images; unknown flags go to the builder")
+    lock = commands.add_parser(
+        "lock", allow_abbrev=False, help="resolve pyproject.toml into containers/locks (needs uv)"
+    )
+    lock.add_argument("--upgrade", action="store_true", help="take the newest versions that fit")
+    lock.add_argument("--debian", action="store_true", help="Debian's packages too (needs buildah, mmdebstrap)")
+    make = commands.add_parser("build", allow_abbrev=False, help="build images; unknown flags go to the builder")
     make.add_argument("images", nargs="*", metavar="IMAGE", help=f"of {', '.join(IMAGES)} (default: cpu)")
-    make.add_argument("--base", default="", help="base image instead of the one that the Dockerfiles pin")
-    make.add_argument("--stand-in-base", action="store_true", help="make a base from Debian's archive with mmdebstrap")
-    sbom = commands.add_parser("sbom", help="write CycloneDX bills of materials (needs cyclonedx-bom)")
+    make.add_argument("--base", default="", help="base image instead of the pinned one")
+    sbom = commands.add_parser("sbom", allow_abbrev=False, help="CycloneDX bills of materials (needs cyclonedx-bom)")
     sbom.add_argument("--out", type=Path, default=ROOT / "dist" / "sbom", help="folder")
-    sbom.add_argument("--audit", action="store_true", help="look every pin up for known vulnerabilities (needs a network)")
+    sbom.add_argument("--audit", action="store_true", help="known vulnerabilities too (needs a network)")
     given, more = parser.parse_known_args(argv)
     try:
         if more and given.command != "build":
@@ -426,9 +446,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown:
                 raise ConfigError(f"unknown image {unknown[0]!r}; there are {', '.join(IMAGES)}")
             check_tools()
-            base = build_stand_in() if given.stand_in_base else given.base
             for image in given.images or ["cpu"]:
-                built = build(image, ROOT, base, os.environ, more)
+                built = build(image, ROOT, choose_base(image, given.base, ROOT), os.environ, more)
                 print(f"{tag(image)}: built in {built.seconds:.0f} s, {built.size_bytes / 1e9:.2f} GB")
         else:
             for one in LOCKS:
