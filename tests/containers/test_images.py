@@ -240,7 +240,8 @@ def test_lm_image_scores_on_a_cpu(tiny_run: TinyRun):
 
 
 def test_worldmodel_image_imports():
-    code = "import jax, flax, grain, orbax.checkpoint, optax, procgen, jax_cuda13_plugin, worldmodel.coinrun; print('imported')"
+    names = "jax, flax, grain, orbax.checkpoint, optax, procgen, jax_cuda13_plugin, worldmodel.coinrun"
+    code = f"import {names}; print('imported')"
     assert "imported" in python(built("worldmodel").image, code)
 
 

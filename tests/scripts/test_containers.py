@@ -14,6 +14,7 @@ from scripts.containers import (
     Lock,
     build_line,
     check_tools,
+    choose_base,
     header,
     main,
     pip_setup,
@@ -120,6 +121,31 @@ def test_build_lines():
     for words in (start, "SOURCE_DATE_EPOCH=77", "rewrite-timestamp=true"):
         assert words in with_docker
     assert "BASE" not in with_docker
+
+
+def test_base_is_the_pinned_one_where_it_can_be_had(monkeypatch, tmp_path, capsys):
+    (tmp_path / "containers").mkdir()
+    (tmp_path / "containers" / "cpu.Dockerfile").write_text("ARG BASE=a:1@sha256:2\nFROM ${BASE}\n", encoding="utf-8")
+    ran: list[list[str]] = []
+
+    def run(line, **_):
+        ran.append(line)
+        return subprocess.CompletedProcess(line, status, "", "no such host")
+
+    monkeypatch.setattr(containers, "docker_answers", lambda: False)
+    monkeypatch.setattr(containers.subprocess, "run", run)
+    monkeypatch.setattr(containers, "build_stand_in", lambda: "localhost/stand-in")
+    status = 0
+    assert choose_base("cpu", "mine", tmp_path) == "mine"
+    assert ran == []
+    assert choose_base("cpu", "", tmp_path) == ""
+    assert ran[0][-1] == "a:1@sha256:2"
+    assert capsys.readouterr().out == ""
+    status = 1
+    assert choose_base("cpu", "", tmp_path) == "localhost/stand-in"
+    printed = capsys.readouterr().out
+    assert "a:1@sha256:2 cannot be pulled (no such host)" in printed
+    assert "NOT EXERCISED: the pinned base" in printed
 
 
 @pytest.mark.parametrize("docker", [True, False])

@@ -1,16 +1,19 @@
 """scripts/launch: the files are what their tools accept, and what they start is the entry with options that it knows.
 
 Tools that are not installed skip their test by name. `make launch-check` installs SkyPilot and the Kubernetes schemas;
-Slurm's own check needs a running controller, JobSet's the CRD file that its release holds (JOBSET_CRD=FILE).
+Slurm's dry run needs Debian's slurmctld and slurm-client, JobSet's check the CRD file of its release (JOBSET_CRD=FILE).
 """
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +144,73 @@ def test_bash_accepts_the_scripts(tmp_path):
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 
-def test_slurm_accepts_the_job():
-    """Slurm's own dry run, where a controller answers."""
-    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
-        pytest.skip("Slurm is not installed")
-    if subprocess.run(["sinfo"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("no Slurm controller answers")
-    line = ["sbatch", "--test-only", str(SLURM), "--preset", "seed_bpe"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+# Two nodes of eight GPUs that exist on paper: the controller plans for nodes that it could start.
+SLURM_CONF = """
+ClusterName=paper
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+GresTypes=gpu
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=600
+NodeName=node[1-2] NodeAddr=127.0.0.1 CPUs=64 RealMemory=500000 Gres=gpu:8 State=CLOUD
+PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=INFINITE
+"""
+
+
+@pytest.fixture
+def slurm_environment(tmp_path: Path):
+    """A Slurm controller of our own on a free port, planning for two nodes that do not exist."""
+    if shutil.which("slurmctld") is None or shutil.which("sbatch") is None:
+        pytest.skip("Slurm is not installed (Debian: slurmctld, slurm-client)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "state").mkdir()
+    for index in range(8):
+        (tmp_path / f"gpu{index}").touch()
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(SLURM_CONF.format(port=port, user=getpass.getuser(), folder=tmp_path), encoding="utf-8")
+    (tmp_path / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={tmp_path}/gpu[0-7]\n", encoding="utf-8")
+    environment = os.environ | {"SLURM_CONF": str(conf)}
+    log = tmp_path / "slurmctld.log"
+    with log.open("wb") as file:
+        controller = subprocess.Popen(["slurmctld", "-D"], env=environment, stdout=file, stderr=file)
+    try:
+        for _ in range(120):
+            if subprocess.run(["sinfo"], env=environment, capture_output=True, check=False).returncode == 0:
+                break
+            assert controller.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(0.5)
+        yield environment
+    finally:
+        controller.terminate()
+        controller.wait()
+
+
+def test_slurm_accepts_the_job(slurm_environment):
+    """Slurm's own dry run: the job could start on the two nodes, and what it could not run is refused."""
+
+    def dry_run(*more: str) -> subprocess.CompletedProcess[str]:
+        line = ["sbatch", "--test-only", *more, str(SLURM), "--preset", "seed_bpe"]
+        return subprocess.run(line, cwd=ROOT, env=slurm_environment, capture_output=True, text=True, check=False)
+
+    done = dry_run()
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr
-    bad = subprocess.run(
-        [*line[:2], "--gpus-per-nod=8", *line[2:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert bad.returncode != 0
+    assert "on nodes node[1-2]" in done.stderr
+    assert "not available" in dry_run("--gpus-per-node=9").stderr
+    assert "unrecognized option" in dry_run("--no-such=1").stderr
 
 
 FAKES = {
