@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -403,6 +404,16 @@ def write_toolchain_lock(root: Path) -> Path:
     return target
 
 
+def check_audit(report: Mapping[str, Any], name: str) -> None:
+    """Raises GolfError when pip-audit left packages out, which it takes for success."""
+    skipped = [entry["name"] for entry in report["dependencies"] if "skip_reason" in entry]
+    if skipped:
+        raise GolfError(
+            f"{name}: {len(skipped)} of {len(report['dependencies'])} packages were not audited, the first "
+            f"{skipped[0]}: the vulnerability service does not answer for them here"
+        )
+
+
 def write_sbom(lock: Lock, root: Path, out: Path, audit: bool) -> list[Path]:
     """CycloneDX bill of materials of a lock and, when asked for, pip-audit's report. Raises GolfError."""
     out.mkdir(parents=True, exist_ok=True)
@@ -415,6 +426,7 @@ def write_sbom(lock: Lock, root: Path, out: Path, audit: bool) -> list[Path]:
     found = out / f"{lock.name}.audit.json"
     tool = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "--format", "json"]
     run_or_raise([*tool, "--output", str(found), "--requirement", str(source)])
+    check_audit(json.loads(found.read_text(encoding="utf-8")), found.name)
     return [target, found]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, GolfError
 from scripts import containers
 from scripts.containers import (
     Lock,
     build_line,
+    check_audit,
     check_tools,
     choose_base,
     header,
@@ -157,6 +158,13 @@ def test_images_run_closed(docker, monkeypatch, tmp_path):
     for words in ("--network none", "--read-only", "--tmpfs /tmp", f"--volume {tmp_path}:/val:ro"):
         assert words in joined
     assert line[-4:] == ["--env", "A=1", "localhost/latent-golf:cpu", "score"]
+
+
+def test_audit_that_left_packages_out_is_an_error():
+    audited = {"name": "a", "version": "1", "vulns": []}
+    check_audit({"dependencies": [audited]}, "x")
+    with pytest.raises(GolfError, match="1 of 2 packages were not audited, the first b"):
+        check_audit({"dependencies": [audited, {"name": "b", "skip_reason": "not found"}]}, "x")
 
 
 def test_missing_tools_are_named(monkeypatch):
