@@ -360,7 +360,9 @@ def run_line(image: str, arguments: Sequence[str], mounts: Mapping[Path, str], m
         mounts: folder or file here -> `PATH:ro` or `PATH` in the container.
         more: further flags of the engine.
     """
-    limits = [] if docker_answers() else ["--ulimit", "nofile=1024:20000", "--ulimit", "nproc=4096:4096"]
+    # Podman alone makes /run and /var/tmp writable under --read-only unless told not to.
+    own = ["--read-only-tmpfs=false", "--ulimit", "nofile=1024:20000", "--ulimit", "nproc=4096:4096"]
+    limits = [] if docker_answers() else own
     closed = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", *limits]
     volumes = [word for here, there in mounts.items() for word in ("--volume", f"{here.resolve()}:{there}")]
     return engine("run", *closed, *volumes, *more, tag(image), *arguments)
