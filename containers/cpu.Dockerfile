@@ -20,14 +20,17 @@ RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -q ${PIP_FLAGS} --no-
         --no-build-isolation -r /locks/cpu.lock
 # Compiled by hash, not by date, so that two builds agree; but for what another Python's syntax needs.
 RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x 'py312_intrinsics' /opt/venv/lib
-COPY . /golf
-RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \
-    /opt/venv/bin/python /golf/containers/manifest.py /opt/venv /golf > /tmp/image.manifest && \
-    mv /tmp/image.manifest /golf/image.manifest
 
 FROM ${BASE}
 COPY --from=environment /opt/venv /opt/venv
-COPY --from=environment /golf /golf
+# What procgen's library is linked to, at locked versions. APT_MIRROR: see containers/README.md.
+ARG APT_MIRROR=""
+COPY containers/locks/debian-coinrun.txt containers/install_debian.sh /locks/
+RUN ["sh", "/locks/install_debian.sh", "/locks/debian-coinrun.txt"]
+COPY . /golf
+RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \
+    /opt/venv/bin/python /golf/containers/manifest.py /opt/venv /golf > /tmp/image.manifest && \
+    mv /tmp/image.manifest /golf/image.manifest
 # Caches go to /tmp, the only place beside the mounted /out that can be written. A user without an entry in /etc/passwd
 # needs a name in USER.
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/golf PYTHONDONTWRITEBYTECODE=1 \

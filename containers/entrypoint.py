@@ -108,6 +108,8 @@ def code_sha256(root: Path) -> str:
 
 def find_artifact(given: Path) -> Path:
     """The file itself, or the one `*.artifact` of a folder. Raises UsageError when there is none, or more than one."""
+    if given.exists() and not os.access(given, os.R_OK | (os.X_OK if given.is_dir() else 0)):
+        raise UsageError(f"{given}: user {os.getuid()} may not read it; give it to everyone (chmod) or add --user")
     if given.is_file():
         return given
     found = sorted(given.glob("*.artifact")) if given.is_dir() else []

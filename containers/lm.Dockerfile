@@ -52,14 +52,13 @@ COPY --from=sources /wheels /wheels
 RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -q --no-index --no-compile --no-deps /wheels/*.whl
 # Compiled by hash, not by date, so that two builds agree; but for what another Python's syntax needs.
 RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x 'py312_intrinsics' /opt/venv/lib
-COPY . /golf
-RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \
-    /opt/venv/bin/python /golf/containers/manifest.py /opt/venv /golf > /tmp/image.manifest && \
-    mv /tmp/image.manifest /golf/image.manifest
 
 FROM toolchain
 COPY --from=complete /opt/venv /opt/venv
-COPY --from=complete /golf /golf
+COPY . /golf
+RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \
+    /opt/venv/bin/python /golf/containers/manifest.py /opt/venv /golf > /tmp/image.manifest && \
+    mv /tmp/image.manifest /golf/image.manifest
 # NVIDIA_*: what the container toolkit gives to the container, GPUs and the driver's libraries and nvidia-smi.
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/golf PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp USER=golf LOGNAME=golf XDG_CACHE_HOME=/tmp/.cache HYPOTHESIS_STORAGE_DIRECTORY=/tmp/.hypothesis \

@@ -37,8 +37,8 @@ IMAGES = ("cpu", "lm", "worldmodel")
 # and the headers that Triton and the packages' sources include.
 STAND_IN = "localhost/golf-base:bookworm"
 STAND_IN_PACKAGES = "ca-certificates,python3-venv,libpython3.11-dev"
-TOOLCHAIN_PACKAGES = ("g++",)
-TOOLCHAIN_LOCK = "debian-toolchain.txt"
+# Lock files of Debian packages: compilers for Triton and the CUDA sources; what procgen's library is linked to.
+DEBIAN_LOCKS = {"debian-toolchain.txt": ("g++",), "debian-coinrun.txt": ("libgl1", "libglib2.0-0")}
 
 
 @dataclass(frozen=True)
@@ -384,24 +384,24 @@ apt-cache depends --recurse --installed --no-recommends --no-suggests --no-confl
 """
 
 
-def write_toolchain_lock(root: Path) -> Path:
-    """Pin the compilers of the CUDA images and all that they need, at the versions of Debian's archive today."""
+def write_debian_lock(name: str, root: Path) -> Path:
+    """Pin Debian packages and all that they depend on, at the versions of Debian's archive today. Raises GolfError."""
     base = build_stand_in()
     line = ["buildah", *storage(), "from", base]
     container = subprocess.check_output(line, text=True).strip()
     try:
         run = ["buildah", *storage(), "run", "--isolation", "chroot", container, "--", "sh", "-c", CLOSURE, "sh"]
-        listed = subprocess.run([*run, *TOOLCHAIN_PACKAGES], stdout=subprocess.PIPE, text=True, check=False)
+        listed = subprocess.run([*run, *DEBIAN_LOCKS[name]], stdout=subprocess.PIPE, text=True, check=False)
     finally:
         subprocess.run(["buildah", *storage(), "rm", container], stdout=subprocess.DEVNULL, check=False)
     if listed.returncode != 0 or not listed.stdout.strip():
         raise GolfError("Debian's packages could not be listed; the message is above")
     date = time.strftime("%Y-%m-%d", time.gmtime())
     head = (
-        f"# Written by `make lock ARGS=--debian`: {' '.join(TOOLCHAIN_PACKAGES)} on Debian 12, amd64, as of {date}.\n"
+        f"# Written by `make lock ARGS=--debian`: {' '.join(DEBIAN_LOCKS[name])} on Debian 12, amd64, as of {date}.\n"
         "# When a version has left the archive, give the archive of that date as APT_MIRROR (containers/README.md).\n"
     )
-    target = root / LOCKS_DIR / TOOLCHAIN_LOCK
+    target = root / LOCKS_DIR / name
     write_atomically(target, (head + listed.stdout).encode())
     return target
 
@@ -454,7 +454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for one in LOCKS:
                 print(write_lock(one, ROOT, ["--upgrade"] if given.upgrade else []).relative_to(ROOT))
             if given.debian:
-                print(write_toolchain_lock(ROOT).relative_to(ROOT))
+                for name in DEBIAN_LOCKS:
+                    print(write_debian_lock(name, ROOT).relative_to(ROOT))
         elif given.command == "build":
             unknown = sorted(set(given.images) - set(IMAGES))
             if unknown:

@@ -115,7 +115,7 @@ def refused(work):
 print(json.dumps({
     "uid": os.getuid(), "gid": os.getgid(),
     "writes": {path: refused(lambda: open(os.path.join(path, "x"), "w")) for path in
-               ("/", "/golf", "/opt/venv", "/etc", "/var/tmp", "/out", "/tmp")},
+               ("/", "/golf", "/opt/venv", "/etc", "/var/tmp", "/run", "/out", "/tmp")},
     "interfaces": sorted(os.listdir("/sys/class/net")),
     "connect": refused(lambda: socket.create_connection(("192.0.2.1", 80), timeout=5)),
 }))
@@ -177,11 +177,16 @@ def test_score_of_the_demo(cpu):
 
 
 def test_damaged_input_is_refused(cpu, tiny_run: TinyRun, tmp_path):
+    tmp_path.chmod(0o755)
     bad = tmp_path / "model.artifact"
     bad.write_bytes(tiny_run.artifact.read_bytes()[:-1])
-    done = run(cpu, "score", mounts={tmp_path: "/in:ro", tiny_run.data: "/val:ro"}, status=2)
+    mounts = {tmp_path: "/in:ro", tiny_run.data: "/val:ro"}
+    done = run(cpu, "score", mounts=mounts, status=2)
     assert done.stdout == ""
     assert "ArtifactError" in done.stderr
+    tmp_path.chmod(0o700)
+    assert "user 10001 may not read it" in run(cpu, "score", mounts=mounts, status=2).stderr
+    tmp_path.chmod(0o755)
 
 
 def test_twenty_training_steps_are_bitwise_those_of_outside(cpu, tiny_run: TinyRun, tmp_path):

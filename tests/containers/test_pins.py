@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.containers import LOCKS, LOCKS_DIR, NO_DEPS, TOOLCHAIN_LOCK, Lock, header, requirements
+from scripts.containers import DEBIAN_LOCKS, LOCKS, LOCKS_DIR, NO_DEPS, Lock, header, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGEST = re.compile(r"^[^\s@]+:[^\s@]+@sha256:[0-9a-f]{64}$")
@@ -160,14 +160,15 @@ def test_cuda_locks_hold_no_cpu_build():
 def test_every_lock_is_used_and_every_used_lock_is_there():
     used = {name for path in DOCKERFILES for name in re.findall(r"containers/locks/(\S+)", path.read_text("utf-8"))}
     assert used == {path.name for path in (ROOT / LOCKS_DIR).iterdir()}
-    assert used == {f"{lock.name}.lock" for lock in LOCKS} | {TOOLCHAIN_LOCK}
+    assert used == {f"{lock.name}.lock" for lock in LOCKS} | set(DEBIAN_LOCKS)
 
 
-def test_debian_packages_have_versions():
-    lines = (ROOT / LOCKS_DIR / TOOLCHAIN_LOCK).read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", DEBIAN_LOCKS)
+def test_debian_packages_have_versions(name):
+    lines = (ROOT / LOCKS_DIR / name).read_text(encoding="utf-8").splitlines()
     packages = [line for line in lines if not line.startswith("#")]
     assert [line for line in packages if not re.fullmatch(r"[a-z0-9.+-]+=[0-9][A-Za-z0-9.+:~-]*", line)] == []
-    assert {"g++-12", "libc6", "libc6-dev", "binutils"} <= {line.split("=")[0] for line in packages}
+    assert {*DEBIAN_LOCKS[name], "libc6"} <= {line.split("=")[0] for line in packages}
 
 
 def test_versions_agree_between_pyproject_and_uv_metadata():
