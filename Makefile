@@ -15,6 +15,11 @@ STAMP := $(VENV)/.pins-$(PINS)
 # Two processes of one thread each: the tests are small, and more threads only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
+# Locks, bills of materials and launch files are checked by tools whose own pins do not fit beside ours.
+RELEASE := .venv-release
+RELEASE_PY := $(RELEASE)/bin/python
+RELEASE_STAMP := $(RELEASE)/.pins-$(PINS)
+
 export PYTHON PIP_FLAGS GPU
 
 .PHONY: help
@@ -24,6 +29,10 @@ help:  ## this list
 $(STAMP):
 	@scripts/setup.sh $(VENV) $(EXTRAS)
 	@rm -f $(VENV)/.pins-* && touch $@
+
+$(RELEASE_STAMP):
+	@GPU=0 scripts/setup.sh $(RELEASE) release
+	@rm -f $(RELEASE)/.pins-* && touch $@
 
 .PHONY: setup
 setup: $(STAMP)  ## make .venv, once and again only when the pins change (PYTHON=, PIP_FLAGS=, GPU=0|1)
@@ -46,7 +55,7 @@ report: $(STAMP)  ## one HTML page for a run folder of either learner, or for se
 
 .PHONY: test
 test: $(STAMP)  ## all tests but the slow ones and those that need a GPU (ARGS='-k name')
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not container" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP)  ## the slow tests
@@ -65,11 +74,31 @@ bundle: $(STAMP)  ## dist/jepa_mamba/: one train_gpt.py and its papers (PRESET=s
 verify-artifact-size: $(STAMP)  ## code + weights against 16,000,000 bytes, by tensor group (ARTIFACT=file, PRESET=seed_bpe)
 	$(PY) scripts/verify_artifact_size.py $(if $(PRESET),--preset $(PRESET)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) $(ARGS)
 
+.PHONY: containers
+containers: $(STAMP)  ## build images with docker or buildah (IMAGES='cpu lm worldmodel', BUILD_FLAGS=, SOURCE_DATE_EPOCH=)
+	$(PY) scripts/containers.py build $(or $(IMAGES),cpu) $(BUILD_FLAGS)
+
+.PHONY: container-test
+container-test: containers  ## build images and run them closed: size, scores, training, pins (CONTAINER_REBUILD=1: twice)
+	$(PY) -m pytest -m container tests/containers -rs $(ARGS)
+
+.PHONY: lock
+lock: $(RELEASE_STAMP)  ## write containers/locks anew from pyproject.toml (UV_INDEX=, UV_FIND_LINKS=: torch's CPU build)
+	$(RELEASE_PY) scripts/containers.py lock $(ARGS)
+
+.PHONY: sbom
+sbom: $(RELEASE_STAMP)  ## dist/sbom/: CycloneDX bills of materials of the locks (ARGS=--audit: known vulnerabilities)
+	$(RELEASE_PY) scripts/containers.py sbom $(ARGS)
+
+.PHONY: launch-check
+launch-check: $(RELEASE_STAMP)  ## scripts/launch against SkyPilot's, Kubernetes' and Slurm's own checks (JOBSET_CRD=file)
+	$(RELEASE_PY) -m pytest tests/scripts/test_launch.py -rs -m "not slow" $(ARGS)
+
 .PHONY: readme
 readme: $(STAMP)  ## write the generated tables of README.md anew (RUNS=runs/demo adds a run)
 	$(PY) scripts/readme_tables.py $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 .PHONY: clean
 clean:  ## remove .venv, dist and caches (runs/ and data/ stay)
-	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RELEASE) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

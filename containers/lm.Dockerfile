@@ -1,0 +1,69 @@
+# The language model on NVIDIA GPUs (sm_90): torch, Triton, mamba-ssm and causal-conv1d, the last two from their sources.
+#
+# CUDA comes from the wheels that torch itself requires, compiler included, under the hashes of lm.lock and cuda-build.lock:
+# no CUDA image is needed, nothing is in the image twice, and all of this can be built where no image registry is reached.
+# The driver comes from the host (NVIDIA's container toolkit).
+#
+#   BASE        python:3.11-slim-bookworm, the official Python 3.11 on Debian 12 without compilers. Give a build argument to
+#               use another Debian 12 that has python3.11 with venv and its headers.
+#   APT_MIRROR  an archive of Debian, as the URL before /debian and /debian-security: for builds after a version in
+#               debian-toolchain.txt has left the ordinary one.
+#   PIP_FLAGS   more flags for pip
+#   MAX_JOBS    files that compile at a time; each takes about 3 GB of memory
+ARG BASE=python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
+
+# C and C++ compilers, for the sources below and, in the final image, for the launchers that Triton compiles at run time.
+FROM ${BASE} AS toolchain
+ARG APT_MIRROR=""
+COPY containers/locks/debian-toolchain.txt /locks/
+COPY containers/install_debian.sh /locks/
+RUN ["sh", "/locks/install_debian.sh", "/locks/debian-toolchain.txt"]
+
+FROM toolchain AS environment
+ARG PIP_FLAGS=""
+ENV PYTHONHASHSEED=0 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN ["python3.11", "-m", "venv", "/opt/pip"]
+RUN ["python3.11", "-m", "venv", "--without-pip", "/opt/venv"]
+COPY containers/locks/cuda-build.lock containers/locks/lm.lock /locks/
+# Everything but the two packages that compile: torch has to be here before their build begins.
+RUN sed -n '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/p' /locks/lm.lock > /locks/sources.lock && \
+    sed '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/d' /locks/lm.lock > /locks/wheels.lock && \
+    /opt/pip/bin/pip --python /opt/venv/bin/python install -q ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
+        --only-binary :all: -r /locks/wheels.lock
+
+# The two packages, compiled in a copy of that environment that also has the CUDA compiler.
+FROM environment AS sources
+ARG PIP_FLAGS=""
+ARG MAX_JOBS=2
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -q ${PIP_FLAGS} --no-compile --no-deps --require-hashes \
+        --only-binary :all: -r /locks/cuda-build.lock
+COPY containers/nvcc_sm90.py /locks/
+# FORCE_BUILD: otherwise their setup.py fetches a ready wheel from a release page.
+ENV CUDA_HOME=/opt/venv/lib/python3.11/site-packages/nvidia/cu13 PYTORCH_NVCC=/locks/nvcc_sm90.py \
+    MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAX_JOBS=${MAX_JOBS} TORCH_CUDA_ARCH_LIST=9.0
+# What a toolkit folder has and the wheels lay out otherwise: lib64, and libraries without a version in their name.
+RUN ln -s lib ${CUDA_HOME}/lib64 && \
+    for library in ${CUDA_HOME}/lib/*.so.[0-9]*; do ln -sf "$(basename "${library}")" "${library%%.so.*}.so"; done
+RUN PATH=/opt/venv/bin:${CUDA_HOME}/bin:${PATH} /opt/pip/bin/pip --python /opt/venv/bin/python wheel -q ${PIP_FLAGS} --no-deps \
+        --require-hashes --no-build-isolation --no-binary :all: -r /locks/sources.lock -w /wheels
+
+FROM environment AS complete
+COPY --from=sources /wheels /wheels
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -q --no-index --no-compile --no-deps /wheels/*.whl
+# Compiled by hash, not by date, so that two builds agree; but for what another Python's syntax needs.
+RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x 'py312_intrinsics' /opt/venv/lib
+
+FROM toolchain
+COPY --from=complete /opt/venv /opt/venv
+COPY . /golf
+RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \
+    /opt/venv/bin/python /golf/containers/manifest.py /opt/venv /golf > /tmp/image.manifest && \
+    mv /tmp/image.manifest /golf/image.manifest
+# NVIDIA_*: what the container toolkit gives to the container, GPUs and the driver's libraries and nvidia-smi.
+ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/golf PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp USER=golf LOGNAME=golf XDG_CACHE_HOME=/tmp/.cache HYPOTHESIS_STORAGE_DIRECTORY=/tmp/.hypothesis \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /out
+USER 10001:10001
+ENTRYPOINT ["/opt/venv/bin/python", "/golf/containers/entrypoint.py"]
+CMD ["help"]
