@@ -1,0 +1,7 @@
+"""Catalogue entries of `ssd`."""
+
+from __future__ import annotations
+
+from scripts.bench.catalogue import OpCase
+
+CASES: list[OpCase] = []
