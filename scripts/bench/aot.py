@@ -82,8 +82,11 @@ def read_ptxas(log: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def compiling_only(found: list[tuple[Any, Any, str, Any]]) -> Iterator[None]:
-    """Launches inside are compiled for sm_90 and put into `found` (function, compiled kernel, ptxas log, grid)."""
+def compiling_only(found: list[tuple[Any, Any, Any]], logs: dict[str, str]) -> Iterator[None]:
+    """Launches inside are compiled for sm_90 and put into `found` (function, compiled kernel, grid), each kernel once.
+
+    `logs` receives what ptxas said of each kernel by the kernel's hash; a kernel met again is not compiled again.
+    """
     import triton
     from triton import knobs
     from triton.runtime.driver import driver
@@ -101,7 +104,8 @@ def compiling_only(found: list[tuple[Any, Any, str, Any]]) -> Iterator[None]:
             seen.add(kernel.hash)
             own = {key: value for key, value in kwargs.items() if key in self.arg_names}
             size = grid(self.signature.bind_partial(*args, **own).arguments) if callable(grid) else grid
-            found.append((self, kernel, log.getvalue(), tuple(size)))
+            logs.setdefault(kernel.hash, log.getvalue())
+            found.append((self, kernel, tuple(size)))
         return kernel
 
     before = knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile
@@ -124,16 +128,16 @@ def constants_of(kernel: Any) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items() if name.isupper() and value is not None)
 
 
-def compile_case(case: OpCase) -> list[Compiled]:
-    """Compile what one operation launches at its real shapes, forward and backward."""
-    found: list[tuple[Any, Any, str, Any]] = []
-    with compiling_only(found):
+def compile_case(case: OpCase, logs: dict[str, str]) -> list[Compiled]:
+    """Compile what one operation launches at its real shapes, forward and backward; `logs` as in `compiling_only`."""
+    found: list[tuple[Any, Any, Any]] = []
+    with compiling_only(found, logs):
         run_with_gradients(case.triton_form, case.inputs(torch.device("meta")), case.gradients)
     if not found:
         raise RuntimeError(f"{case.name} launched no kernel on tensors without values")
     rows = []
-    for function, kernel, log, grid in found:
-        registers, spill_bytes = read_ptxas(log)
+    for function, kernel, grid in found:
+        registers, spill_bytes = read_ptxas(logs[kernel.hash])
         name = function.fn.__name__
         rows.append(
             Compiled(
@@ -179,10 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(arguments.operations) - set(OPERATIONS)
     if unknown:
         parser.error(f"no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
-    rows = []
+    rows: list[Compiled] = []
+    logs: dict[str, str] = {}
     for case in cases_of(arguments.operations or OPERATIONS):
         if not (arguments.quick and case.compile_slowly):
-            rows += compile_case(case)
+            rows += compile_case(case, logs)
     print(table_of(rows))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -65,8 +65,7 @@ def large_kernel(a_ptr, out_ptr, n, SIZE: tl.constexpr):
     tile = at[:, None] * SIZE + at[None, :]
     total = tl.zeros((SIZE, SIZE), tl.float32)
     for i in range(n):
-        a = tl.load(a_ptr + i * SIZE * SIZE + tile)
-        total = tl.dot(a, a, total)
+        total = tl.dot(tl.load(a_ptr + i * SIZE + tile), tl.load(a_ptr + i * SIZE * SIZE + tile), total)
     tl.store(out_ptr + tile, total)
 
 
