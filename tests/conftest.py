@@ -20,7 +20,7 @@ if not Path("/dev/nvidiactl").exists():
 
 @pytest.fixture
 def kernel_device() -> str:
-    """Where kernels run in this process: "cuda" compiled, "cpu" interpreted (keep shapes tiny). Skips without Triton."""
+    """Where kernels run here: "cuda" compiled, "cpu" interpreted (keep shapes tiny). Skips without Triton."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: python -m pip install triton (Linux only)")
     if os.environ.get("TRITON_INTERPRET") == "1":

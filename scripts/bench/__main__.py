@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("aot",)
+COMMANDS = ("aot", "worldmodel")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
