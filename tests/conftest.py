@@ -2,8 +2,8 @@
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, hence before any test module is imported; this file is loaded
 first in the main process and in every worker of pytest-xdist. So a test of a kernel is an ordinary test: it calls the
-public function on tensors of `kernel_device`, runs by name, and on a machine with a GPU runs compiled. Tests that compile
-ahead of time do so in processes of their own, without the variable.
+public function on tensors of `kernel_device`, runs by name, and on a machine with a GPU runs compiled. Tests that build
+kernels ahead of time do so in processes of their own, without the variable.
 """
 
 from __future__ import annotations
