@@ -39,13 +39,32 @@ def require_triton(what: str) -> None:
         raise RuntimeError(f"{what} needs Triton, which is not installed here; install triton or use the torch form")
 
 
+def triton_obstacle(device: torch.device) -> str:
+    """Why kernels cannot run on a device, in words; empty if they can. In Triton's interpreter they run on a CPU."""
+    if triton is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return "" if triton.knobs.runtime.interpret else f"device is {device.type}, not cuda"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"the GPU has compute capability {major}.{minor}; at least 8.0 is needed"
+
+
 def kernel_is_interpreted(kernel: Any) -> bool:
     """Whether a decorated kernel runs in Triton's interpreter on a CPU.
 
-    The interpreter's bfloat16 arithmetic is wrong without a message (loads, stores and casts are right), so kernels
-    that compute in bfloat16 take this as a `tl.constexpr` switch and widen to float32 after loading.
+    The interpreter's bfloat16 arithmetic is wrong without a message (loads, stores and casts to float32 are right), so
+    kernels that compute in bfloat16 take this as a `tl.constexpr` switch and widen to float32 after loading. Its cast
+    from float32 to bfloat16 cuts off instead of rounding: pass the value through `nearest_bf16` under the same switch.
     """
     return triton is not None and not isinstance(kernel, triton.JITFunction)
+
+
+@triton_kernel
+def nearest_bf16(x):
+    """Inside a kernel: float32 rounded to bfloat16, ties to even, kept as float32. On bit patterns; not for NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True)
 
 
 def multiprocessors_of(device: torch.device) -> int:
