@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from common.ssd.torch_impl import _ssd_check
+from common.triton_support import kernel_is_interpreted, require_triton, tl, triton, triton_kernel
 
 # A sequence is cut into segments that run side by side when batch times heads alone are fewer programs than this. Each
 # cut costs one more reading of x and B; 256 is about two programs for each of an H100's 132 multiprocessors.
@@ -62,6 +61,7 @@ def ssd_scan_triton(
     not fall monotonically by the last bit. No atomics: results are the same bits in every run. One backward pass is
     supported, not the derivative of it.
     """
+    require_triton("ssd_scan_triton")
     _ssd_check(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, document_ids_BT, chunk_size)
     dtype = x_BTHP.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -111,7 +111,7 @@ def ssd_triton_launch(kernel: str, dtype: torch.dtype, width: int, n: int) -> di
     return {"num_warps": 8 if large else 4, "num_stages": 2 if large else 3}
 
 
-@triton.jit
+@triton_kernel
 def _ssd_decay_sums(
     dt_ptr, ids_ptr, rate, first, length, stride_dt_t,
     L: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -124,7 +124,8 @@ def _ssd_decay_sums(
     position_L = first + offset_L
     inside_L = position_L < length
     dt_L = tl.load(dt_ptr + position_L * stride_dt_t, mask=inside_L, other=0.0)
-    sums_L = tl.cumsum(dt_L * rate, 0)
+    # Below exp2(-150) a step leaves nothing in float32 anyway; the bound keeps the sums, and so their rounding, small.
+    sums_L = tl.cumsum(tl.maximum(dt_L * rate, -200.0), 0)
     # Taken out of the running sums, not summed again: the difference of the two would be an exponent.
     total = tl.sum(tl.where(offset_L == L - 1, sums_L, 0.0), 0)
     run_L = tl.zeros([L], tl.int32)
@@ -139,47 +140,53 @@ def _ssd_decay_sums(
     return dt_L, sums_L, total, run_L, last_run
 
 
-@triton.jit
+@triton_kernel
 def _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS: tl.constexpr):
     """What is left at the chunk's end of what a position adds."""
-    decay_L = tl.exp2(tl.minimum(total - sums_L, 0.0))
+    decay_L = tl.exp2(total - sums_L)
     if DOCUMENTS:
         decay_L = tl.where(run_L == last_run, decay_L, 0.0)
     return decay_L
 
 
-@triton.jit
+@triton_kernel
 def _ssd_from_start(sums_L, run_L, DOCUMENTS: tl.constexpr):
     """What is left at a position of the state that enters the chunk."""
-    decay_L = tl.exp2(tl.minimum(sums_L, 0.0))
+    decay_L = tl.exp2(sums_L)
     if DOCUMENTS:
         decay_L = tl.where(run_L == 0, decay_L, 0.0)
     return decay_L
 
 
-@triton.jit
+@triton_kernel
 def _ssd_through(total, last_run, DOCUMENTS: tl.constexpr):
     """What is left after the chunk of the state that enters it."""
-    decay = tl.exp2(tl.minimum(total, 0.0))
+    decay = tl.exp2(total)
     if DOCUMENTS:
         decay = tl.where(last_run == 0, decay, 0.0)
     return decay
 
 
-@triton.jit
+@triton_kernel
 def _ssd_load_rows(
-    ptr, first, length, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr
-):
+    ptr, first, length, stride_t,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
     """L positions of a tensor, zero outside of it, (L, BLOCK)."""
     position_L = first + tl.arange(0, L)
     column_K = tl.arange(0, BLOCK)
     at_LK = ptr + position_L[:, None] * stride_t + column_K[None, :]
     if EVEN and WIDTH == BLOCK:
-        return tl.load(at_LK)
-    return tl.load(at_LK, mask=(position_L < length)[:, None] & (column_K < WIDTH)[None, :], other=0.0)
+        value_LK = tl.load(at_LK)
+    else:
+        value_LK = tl.load(at_LK, mask=(position_L < length)[:, None] & (column_K < WIDTH)[None, :], other=0.0)
+    if WIDEN:
+        value_LK = value_LK.to(tl.float32)
+    return value_LK
 
 
-@triton.jit
+@triton_kernel
 def _ssd_store_rows(
     ptr, value_LK, first, length, stride_t,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr,
@@ -195,7 +202,7 @@ def _ssd_store_rows(
         tl.store(at_LK, value_LK, mask=(position_L < length)[:, None] & (column_K < WIDTH)[None, :])
 
 
-@triton.jit
+@triton_kernel
 def _ssd_state_offsets(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """Offsets of a contiguous (P, N) state read as (N, P), and which of them exist."""
     row_N = tl.arange(0, BLOCK_N)
@@ -203,7 +210,7 @@ def _ssd_state_offsets(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, 
     return column_P[None, :] * N + row_N[:, None], (row_N < N)[:, None] & (column_P < P)[None, :]
 
 
-@triton.jit
+@triton_kernel
 def _ssd_scan_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, ids_ptr, start_ptr, y_ptr, final_ptr,
     length, segment, segments, heads, per_group,
@@ -211,7 +218,7 @@ def _ssd_scan_kernel(
     stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g, stride_ids_b,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
     EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, HAS_START: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y of one segment of one head, the state walking along in registers; the last segment writes the final state.
 
@@ -231,7 +238,6 @@ def _ssd_scan_kernel(
         ids_ptr += b * stride_ids_b
     rate = tl.load(A_ptr + h) * 1.4426950408889634  # log2(e): exp2 is the GPU's own exponential
     offset_L = tl.arange(0, L)
-    causal_LL = offset_L[:, None] >= offset_L[None, :]
 
     offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
     state_NP = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
@@ -242,46 +248,48 @@ def _ssd_scan_kernel(
         direct = tl.load(D_ptr + h)
 
     for first in range(part * segment, tl.minimum(part * segment + segment, length), L):
-        x_LP = _ssd_load_rows(x_ptr, first, length, stride_x_t, P, BLOCK_P, L, EVEN)
-        B_LN = _ssd_load_rows(B_ptr, first, length, stride_B_t, N, BLOCK_N, L, EVEN)
-        C_LN = _ssd_load_rows(C_ptr, first, length, stride_C_t, N, BLOCK_N, L, EVEN)
+        x_LP = _ssd_load_rows(x_ptr, first, length, stride_x_t, P, BLOCK_P, L, EVEN, WIDEN)
+        B_LN = _ssd_load_rows(B_ptr, first, length, stride_B_t, N, BLOCK_N, L, EVEN, WIDEN)
+        C_LN = _ssd_load_rows(C_ptr, first, length, stride_C_t, N, BLOCK_N, L, EVEN, WIDEN)
         dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
             dt_ptr, ids_ptr, rate, first, length, stride_dt_t, L, DOCUMENTS
         )
 
-        # From the state that enters the chunk.
+        # From the state that enters the chunk. What the state needs comes first: B and x then leave their registers.
         y_LP = tl.dot(C_LN, state_NP.to(x_LP.dtype), input_precision=PRECISION)
         y_LP *= _ssd_from_start(sums_L, run_L, DOCUMENTS)[:, None]
-        # Inside the chunk.
-        weight_LL = tl.dot(C_LN, tl.trans(B_LN), input_precision=PRECISION)
-        weight_LL *= tl.exp2(tl.minimum(sums_L[:, None] - sums_L[None, :], 0.0)) * dt_L[None, :]
-        reaches_LL = causal_LL
-        if DOCUMENTS:
-            reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
-        weight_LL = tl.where(reaches_LL, weight_LL, 0.0)
-        y_LP = tl.dot(weight_LL.to(x_LP.dtype), x_LP, y_LP, input_precision=PRECISION)
         if HAS_D:
             y_LP += direct * x_LP.to(tl.float32)
-        _ssd_store_rows(y_ptr, y_LP, first, length, heads * P, P, BLOCK_P, L, EVEN)
-
         # The state that leaves it.
         kept_L = dt_L * _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
         kept_LN = (B_LN.to(tl.float32) * kept_L[:, None]).to(x_LP.dtype)
         state_NP *= _ssd_through(total, last_run, DOCUMENTS)
         state_NP = tl.dot(tl.trans(kept_LN), x_LP, state_NP, input_precision=PRECISION)
+        # Inside the chunk.
+        weight_LL = tl.dot(C_LN, tl.trans(B_LN), input_precision=PRECISION)
+        added_L = sums_L - tl.log2(dt_L)  # dt_j in the exponent: dt = 0 makes it -inf and the weight 0
+        weight_LL *= tl.exp2(sums_L[:, None] - added_L[None, :])
+        # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from chunk to chunk.
+        row_L = offset_L + tl.minimum(first, 0)
+        reaches_LL = row_L[:, None] >= offset_L[None, :]
+        if DOCUMENTS:
+            reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
+        weight_LL = tl.where(reaches_LL, weight_LL, 0.0)
+        y_LP = tl.dot(weight_LL.to(x_LP.dtype), x_LP, y_LP, input_precision=PRECISION)
+        _ssd_store_rows(y_ptr, y_LP, first, length, heads * P, P, BLOCK_P, L, EVEN)
 
     if part == segments - 1:
         tl.store(final_ptr + (b * heads + h) * P * N + offset_NP, state_NP, mask=exists_NP)
 
 
-@triton.jit
+@triton_kernel
 def _ssd_states_kernel(
     u_ptr, v_ptr, dt_ptr, A_ptr, ids_ptr, start_ptr, states_ptr, end_ptr, decay_ptr,
     length, segment, segments, chunks, heads, per_group,
     stride_u_b, stride_u_t, stride_u_h, stride_v_b, stride_v_t, stride_v_g, stride_dt_b, stride_dt_t, stride_ids_b,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
     EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_START: tl.constexpr, REVERSE: tl.constexpr,
-    SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    SUMMARY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The states between the chunks of one segment of one head.
 
@@ -316,8 +324,8 @@ def _ssd_states_kernel(
         if not SUMMARY:
             at = states_ptr + ((b * chunks + first // L) * heads + h) * P * N
             tl.store(at + offset_NP, state_NP.to(states_ptr.dtype.element_ty), mask=exists_NP)
-        u_LP = _ssd_load_rows(u_ptr, first, length, stride_u_t, P, BLOCK_P, L, EVEN)
-        v_LN = _ssd_load_rows(v_ptr, first, length, stride_v_t, N, BLOCK_N, L, EVEN)
+        u_LP = _ssd_load_rows(u_ptr, first, length, stride_u_t, P, BLOCK_P, L, EVEN, WIDEN)
+        v_LN = _ssd_load_rows(v_ptr, first, length, stride_v_t, N, BLOCK_N, L, EVEN, WIDEN)
         dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
             dt_ptr, ids_ptr, rate, first, length, stride_dt_t, L, DOCUMENTS
         )
@@ -335,7 +343,7 @@ def _ssd_states_kernel(
         tl.store(decay_ptr + (b * segments + part) * heads + h, left)
 
 
-@triton.jit
+@triton_kernel
 def _ssd_join_kernel(
     ends_ptr, decay_ptr, initial_ptr, starts_ptr, segments, heads, size,
     HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -356,7 +364,7 @@ def _ssd_join_kernel(
         state_K = tl.load(decay_ptr + at) * state_K + added_K
 
 
-@triton.jit
+@triton_kernel
 def _ssd_gradient_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, ids_ptr, dy_ptr, entering_ptr, leaving_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
@@ -365,7 +373,7 @@ def _ssd_gradient_kernel(
     stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g, stride_ids_b,
     stride_dy_b, stride_dy_t, stride_dy_h,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
-    EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk of one group: the heads one after the other, dB and dC summed over them in registers.
 
@@ -386,24 +394,26 @@ def _ssd_gradient_kernel(
         ids_ptr += b * stride_ids_b
     offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
     B_LN = _ssd_load_rows(
-        B_ptr + b * stride_B_b + g * stride_B_g, first, length, stride_B_t, N, BLOCK_N, L, EVEN
+        B_ptr + b * stride_B_b + g * stride_B_g, first, length, stride_B_t, N, BLOCK_N, L, EVEN, WIDEN
     )
     C_LN = _ssd_load_rows(
-        C_ptr + b * stride_C_b + g * stride_C_g, first, length, stride_C_t, N, BLOCK_N, L, EVEN
+        C_ptr + b * stride_C_b + g * stride_C_g, first, length, stride_C_t, N, BLOCK_N, L, EVEN, WIDEN
     )
     dB_LN = tl.zeros([L, BLOCK_N], tl.float32)
     dC_LN = tl.zeros([L, BLOCK_N], tl.float32)
-    dscore_LL = tl.zeros([L, L], tl.float32)
     for h in range(g * per_group, (g + 1) * per_group):
-        x_LP = _ssd_load_rows(x_ptr + h * stride_x_h, first, length, stride_x_t, P, BLOCK_P, L, EVEN)
-        dy_LP = _ssd_load_rows(dy_ptr + h * stride_dy_h, first, length, stride_dy_t, P, BLOCK_P, L, EVEN)
-        at = ((b * chunks + chunk) * heads + h) * P * N
+        x_LP = _ssd_load_rows(x_ptr + h * stride_x_h, first, length, stride_x_t, P, BLOCK_P, L, EVEN, WIDEN)
+        dy_LP = _ssd_load_rows(dy_ptr + h * stride_dy_h, first, length, stride_dy_t, P, BLOCK_P, L, EVEN, WIDEN)
+        partial = (b * chunks + chunk) * heads + h
+        at = partial * P * N
         if P == BLOCK_P and N == BLOCK_N:
             entering_NP = tl.load(entering_ptr + at + offset_NP)
             leaving_NP = tl.load(leaving_ptr + at + offset_NP)
         else:
             entering_NP = tl.load(entering_ptr + at + offset_NP, mask=exists_NP, other=0.0)
             leaving_NP = tl.load(leaving_ptr + at + offset_NP, mask=exists_NP, other=0.0)
+        if WIDEN:
+            entering_NP, leaving_NP = entering_NP.to(tl.float32), leaving_NP.to(tl.float32)
         A = tl.load(A_ptr + h)
         dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
             dt_ptr + h, ids_ptr, A * 1.4426950408889634, first, length, stride_dt_t, L, DOCUMENTS
@@ -411,49 +421,52 @@ def _ssd_gradient_kernel(
         from_start_L = _ssd_from_start(sums_L, run_L, DOCUMENTS)
         to_end_L = _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
 
-        # Inside the chunk. exchange: dy_i . x_j through the decay between them.
-        decay_LL = tl.exp2(tl.minimum(sums_L[None, :] - sums_L[:, None], 0.0))
-        reaches_LL = offset_L[:, None] <= offset_L[None, :]
-        if DOCUMENTS:
-            reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
-        decay_LL = tl.where(reaches_LL, decay_LL, 0.0)
-        weight_LL = tl.dot(B_LN, tl.trans(C_LN), input_precision=PRECISION) * decay_LL
-        ddtx_LP = tl.dot(weight_LL.to(x_LP.dtype), dy_LP, input_precision=PRECISION)
-        exchange_LL = tl.dot(x_LP, tl.trans(dy_LP), input_precision=PRECISION) * dt_L[:, None]
-        dscore_LL += exchange_LL * decay_LL
-        pair_LL = tl.where(offset_L[:, None] < offset_L[None, :], exchange_LL * weight_LL, 0.0)
-        read_L = tl.sum(pair_LL, 0) - tl.sum(pair_LL, 1)
-
-        # Through the states.
-        added_LP = tl.dot(B_LN, leaving_NP, input_precision=PRECISION) * to_end_L[:, None]
-        x_wide_LP = x_LP.to(tl.float32)
-        written_L = tl.sum(added_LP * x_wide_LP, 1) * dt_L
-        ddtx_LP += added_LP
-        seen_LN = tl.dot(dy_LP, tl.trans(entering_NP), input_precision=PRECISION) * from_start_L[:, None]
-        dC_LN += seen_LN
-        read_L += tl.sum(seen_LN * C_LN.to(tl.float32), 1)
-        kept_LN = tl.dot(x_LP, tl.trans(leaving_NP), input_precision=PRECISION)
-        dB_LN += kept_LN * (dt_L * to_end_L)[:, None]
+        # Through the states. Each tile is used up as early as possible: registers decide how many programs fit.
         through = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32))
         through *= _ssd_through(total, last_run, DOCUMENTS)
-
-        dlog_L = tl.cumsum(read_L, 0, reverse=True) + tl.cumsum(written_L, 0) - written_L + through
-        ddt_L = tl.sum(ddtx_LP * x_wide_LP, 1) + dlog_L * A
-        dx_LP = ddtx_LP * dt_L[:, None]
-        partial = (b * chunks + chunk) * heads + h
+        x_wide_LP = x_LP.to(tl.float32)
+        kept_LP = (x_wide_LP * (dt_L * to_end_L)[:, None]).to(x_LP.dtype)
+        dB_LN = tl.dot(kept_LP, tl.trans(leaving_NP), dB_LN, input_precision=PRECISION)
+        dx_LP = tl.dot(B_LN, leaving_NP, input_precision=PRECISION) * to_end_L[:, None]
+        direct_L = tl.sum(dx_LP * x_wide_LP, 1)
+        written_L = direct_L * dt_L
+        dx_LP *= dt_L[:, None]
+        seen_LP = dy_LP.to(tl.float32) * from_start_L[:, None]
+        dC_LN = tl.dot(seen_LP.to(x_LP.dtype), tl.trans(entering_NP), dC_LN, input_precision=PRECISION)
+        read_L = tl.sum(tl.dot(C_LN, entering_NP, input_precision=PRECISION) * seen_LP, 1)
         if HAS_D:
-            dy_wide_LP = dy_LP.to(tl.float32)
-            dx_LP += dy_wide_LP * tl.load(D_ptr + h)
-            tl.store(dD_ptr + partial, tl.sum(dy_wide_LP * x_wide_LP))
-        tl.store(dA_ptr + partial, tl.sum(dlog_L * dt_L, 0))
-        position_L = first + offset_L
-        tl.store(ddt_ptr + (b * length + position_L) * heads + h, ddt_L, mask=position_L < length)
+            dx_LP += dy_LP.to(tl.float32) * tl.load(D_ptr + h)
+
+        # Inside the chunk.
+        # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from head to head.
+        row_L = offset_L + tl.minimum(h, 0)
+        reaches_LL = row_L[:, None] <= offset_L[None, :]
+        if DOCUMENTS:
+            reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
+        decay_LL = tl.where(reaches_LL, tl.exp2(sums_L[None, :] - sums_L[:, None]), 0.0)
+        weight_LL = tl.dot(B_LN, tl.trans(C_LN), input_precision=PRECISION) * decay_LL
+        raw_LL = tl.dot(x_LP, tl.trans(dy_LP), input_precision=PRECISION)
+        same_LL = row_L[:, None] == offset_L[None, :]
+        if HAS_D:
+            tl.store(dD_ptr + partial, tl.sum(tl.sum(tl.where(same_LL, raw_LL, 0.0), 1), 0))
+        pair_LL = raw_LL * weight_LL
+        direct_L += tl.sum(pair_LL, 1)
+        pair_LL = tl.where(same_LL, 0.0, pair_LL) * dt_L[:, None]
+        read_L += tl.sum(pair_LL, 0) - tl.sum(pair_LL, 1)
+        exchange_LL = (raw_LL * decay_LL * dt_L[:, None]).to(x_LP.dtype)
+        dx_LP = tl.dot((weight_LL * dt_L[:, None]).to(x_LP.dtype), dy_LP, dx_LP, input_precision=PRECISION)
+        dB_LN = tl.dot(exchange_LL, C_LN, dB_LN, input_precision=PRECISION)
+        dC_LN = tl.dot(tl.trans(exchange_LL), B_LN, dC_LN, input_precision=PRECISION)
         _ssd_store_rows(
             dx_ptr + (b * length * heads + h) * P, dx_LP, first, length, heads * P, P, BLOCK_P, L, EVEN
         )
-    dscore_LL = dscore_LL.to(B_LN.dtype)
-    dB_LN = tl.dot(dscore_LL, C_LN, dB_LN, input_precision=PRECISION)
-    dC_LN = tl.dot(tl.trans(dscore_LL), B_LN, dC_LN, input_precision=PRECISION)
+
+        dlog_L = tl.cumsum(read_L, 0, reverse=True) + tl.cumsum(written_L, 0) - written_L + through
+        tl.store(dA_ptr + partial, tl.sum(dlog_L * dt_L, 0))
+        position_L = first + offset_L
+        tl.store(
+            ddt_ptr + (b * length + position_L) * heads + h, direct_L + dlog_L * A, mask=position_L < length
+        )
     row = (b * length * groups + g) * N
     _ssd_store_rows(dB_ptr + row, dB_LN, first, length, groups * N, N, BLOCK_N, L, EVEN)
     _ssd_store_rows(dC_ptr + row, dC_LN, first, length, groups * N, N, BLOCK_N, L, EVEN)
@@ -537,6 +550,7 @@ def _ssd_constants(kernel: str, x_BTHP: Tensor, n: int, ids_BT: Tensor | None, c
         "L": chunk,
         "EVEN": x_BTHP.shape[1] % chunk == 0,
         "DOCUMENTS": ids_BT is not None,
+        "WIDEN": kernel_is_interpreted(_ssd_scan_kernel) and x_BTHP.dtype == torch.bfloat16,
         "PRECISION": "tf32x3" if x_BTHP.dtype == torch.float32 else "tf32",
         **ssd_triton_launch(kernel, x_BTHP.dtype, width, n),
     }
