@@ -69,7 +69,8 @@ class Muon(torch.optim.Optimizer):
         params: 2-D parameters or groups of them, equal and in equal order on all ranks; gradients must already be
             averaged.
         lr: learning rate, a change of the entries' scale per step, >= 0.
-        momentum: in [0, 1).
+        momentum: in [0, 1). Between steps, lr and momentum of a group may be replaced by scalar tensors on the device,
+            which a captured CUDA graph reads anew at every replay.
         nesterov: look one step ahead.
         steps: Newton-Schulz iterations, >= 0.
         weight_decay: decoupled decay, times lr, >= 0.
@@ -147,7 +148,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Blocks of one pair of sides and number of iterations are one batch, across groups.
-        batches: dict[tuple, list[tuple[Tensor, Tensor, float]]] = {}
+        batches: dict[tuple, list[tuple[Tensor, Tensor, float | Tensor]]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -159,9 +160,15 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 buffers.append(state["momentum"])
             grads = [p.grad for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
+            momentum = group["momentum"]
+            torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads)
-            updates = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+            updates = buffers
+            if group["nesterov"] and isinstance(momentum, Tensor):  # alpha= would wait for its value
+                updates = torch._foreach_mul(buffers, momentum)
+                torch._foreach_add_(updates, grads)
+            elif group["nesterov"]:
+                updates = torch._foreach_add(grads, buffers, alpha=momentum)
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
             for p, update in zip(params, updates, strict=True):
@@ -173,7 +180,7 @@ class Muon(torch.optim.Optimizer):
         self._apply(batches)
         return loss
 
-    def _apply(self, batches: dict[tuple, list[tuple[Tensor, Tensor, float]]]) -> None:
+    def _apply(self, batches: dict[tuple, list[tuple[Tensor, Tensor, float | Tensor]]]) -> None:
         """Orthogonalise this rank's share of every batch, exchange the shares and take the step."""
         ranks, rank = 1, 0
         if dist.is_available() and dist.is_initialized():
@@ -231,7 +238,7 @@ class Muon(torch.optim.Optimizer):
         return every, (work, order, share)
 
     def _take_step(
-        self, entries: list[tuple[Tensor, Tensor, float]], done_BSL: Tensor, exchange: Any, dtype: torch.dtype
+        self, entries: list[tuple[Tensor, Tensor, float | Tensor]], done_BSL: Tensor, exchange: Any, dtype: torch.dtype
     ) -> None:
         """Add a batch's results to its parameters, after they have arrived."""
         order, share = [0], len(entries)
@@ -239,13 +246,18 @@ class Muon(torch.optim.Optimizer):
             work, order, share = exchange
             work.wait()
         done_BSL = done_BSL.to(dtype)
-        by_change: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        by_change: dict[tuple, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
         for k, (target, _, lr) in enumerate(entries):
             rows, columns = target.shape
             update = done_BSL[order[k // share] * share + k % share]
-            change = -lr * max(1.0, rows / columns) ** 0.5
-            targets, updates = by_change.setdefault(change, ([], []))
-            targets.append(target)
-            updates.append(update.mT if rows > columns else update)
-        for change, (targets, updates) in by_change.items():
-            torch._foreach_add_(targets, updates, alpha=change)
+            scale = max(1.0, rows / columns) ** 0.5
+            key = (id(lr) if isinstance(lr, Tensor) else lr, scale)
+            if key not in by_change:
+                by_change[key] = (-lr * scale, [], [])
+            by_change[key][1].append(target)
+            by_change[key][2].append(update.mT if rows > columns else update)
+        for change, targets, updates in by_change.values():
+            if isinstance(change, Tensor):  # alpha= would wait for its value
+                torch._foreach_add_(targets, torch._foreach_mul(updates, change))
+            else:
+                torch._foreach_add_(targets, updates, alpha=change)
