@@ -88,12 +88,17 @@ def sigreg_torch(
     keeps only z and the K averages, and runs over the knots again. One backward pass is supported, not the derivative
     of it.
     """
-    if z.dim() != (3 if per_timestep else 2) or A_DM.dim() != 2 or z.shape[-1] != A_DM.shape[0] or z.shape[0] < 1:
-        form = "(N,T,D)" if per_timestep else "(N,D)"
-        raise ValueError(f"sigreg: z is {tuple(z.shape)} and A {tuple(A_DM.shape)}; expected {form} and (D,M)")
+    sigreg_check_arguments(z, A_DM, per_timestep)
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     z_NTD = z if per_timestep else z[:, None]
     return _Sigreg.apply(z_NTD, A_DM.detach().to(acc), knots, process_group)
+
+
+def sigreg_check_arguments(z: Tensor, A_DM: Tensor, per_timestep: bool) -> None:
+    """Raises ValueError for shapes that do not fit together."""
+    if z.dim() != (3 if per_timestep else 2) or A_DM.dim() != 2 or z.shape[-1] != A_DM.shape[0] or z.shape[0] < 1:
+        form = "(N,T,D)" if per_timestep else "(N,D)"
+        raise ValueError(f"sigreg: z is {tuple(z.shape)} and A {tuple(A_DM.shape)}; expected {form} and (D,M)")
 
 
 def _sigreg_blocks(samples: int, positions: int, width: int, is_cuda: bool) -> list[tuple[slice, slice]]:
