@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.causal_conv1d.torch_impl import conv1d_check_arguments
-from common.triton_support import require_triton, tl, triton, triton_kernel
+from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton, triton_kernel
 
 # Taps of the longest window that is kept in registers; shorter ones leave some unused.
 CONV1D_MOST_TAPS = 4
@@ -178,13 +178,15 @@ def _conv1d_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, y_ptr, length, segments, channels,
     stride_x_b, stride_x_t, stride_ids_b,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, DOCUMENTS: tl.constexpr,
-    SILU: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+    SILU: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     """One segment of BLOCK channels; four positions are loaded before the first is worked on."""
-    channel_D = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(channels, BLOCK)  # neighbours in the grid read neighbouring channels
+    channel_D = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists_D = channel_D < channels
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    first = (tl.program_id(1) % segments) * SEGMENT
+    part = tl.program_id(0) // blocks
+    b = (part // segments).to(tl.int64)
+    first = (part % segments) * SEGMENT
     x_ptr += b * stride_x_b
     y_ptr += b * length * channels
     if HAS_STATE:
@@ -222,6 +224,8 @@ def _conv1d_forward_kernel(
             if SILU:
                 y_D = y_D / (1.0 + tl.exp(-y_D))
             # int64: the offset in a sequence may pass 2^31 numbers where many channels meet a long one.
+            if NEAREST:
+                y_D = nearest_bf16(y_D)
             row = y_ptr + t.to(tl.int64) * channels
             tl.store(row + channel_D, y_D.to(y_ptr.dtype.element_ty), mask=exists_D & (t < length))
             back3_D = back2_D
@@ -231,10 +235,10 @@ def _conv1d_forward_kernel(
 
 @triton_kernel
 def _conv1d_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, dy_ptr, dx_ptr, dstate_ptr, partial_ptr, length, segments, channels,
-    stride_x_b, stride_x_t, stride_ids_b, stride_dy_b, stride_dy_t,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, dy_ptr, dx_ptr, dstate_ptr, partial_ptr,
+    length, segments, channels, stride_x_b, stride_x_t, stride_ids_b, stride_dy_b, stride_dy_t,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, DOCUMENTS: tl.constexpr,
-    SILU: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+    SILU: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one segment of BLOCK channels.
 
@@ -243,10 +247,12 @@ def _conv1d_backward_kernel(
     gradients belong to the next segment. partial (segments of all sequences, 5, D) holds the sums of the taps'
     gradients, by how far they look back, and of the bias's.
     """
-    channel_D = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(channels, BLOCK)  # neighbours in the grid read neighbouring channels
+    channel_D = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists_D = channel_D < channels
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    first = (tl.program_id(1) % segments) * SEGMENT
+    part = tl.program_id(0) // blocks
+    b = (part // segments).to(tl.int64)
+    first = (part % segments) * SEGMENT
     end = tl.minimum(first + SEGMENT, length)
     x_ptr += b * stride_x_b
     dy_ptr += b * stride_dy_b
@@ -319,6 +325,8 @@ def _conv1d_backward_kernel(
             wait3_D = wait2_D + reach2_D
             wait2_D = wait1_D + reach1_D
             wait1_D = dsum_D * tap0_D
+            if NEAREST:
+                whole_D = nearest_bf16(whole_D)
             done = t - 3
             row = dx_ptr + done.to(tl.int64) * channels
             tl.store(
@@ -334,7 +342,7 @@ def _conv1d_backward_kernel(
             back3_D = back2_D
             back2_D = back1_D
             back1_D = now_D
-    at = partial_ptr + tl.program_id(1) * 5 * channels + channel_D
+    at = partial_ptr + part.to(tl.int64) * 5 * channels + channel_D
     tl.store(at, dtap0_D, mask=exists_D)
     tl.store(at + channels, dtap1_D, mask=exists_D)
     tl.store(at + 2 * channels, dtap2_D, mask=exists_D)
@@ -356,10 +364,10 @@ class _CausalConv1dTriton(torch.autograd.Function):
         batch, length, channels = x_BTD.shape
         y_BTD = x_BTD.new_empty(x_BTD.shape)
         segments = triton.cdiv(length, CONV1D_SEGMENT)
-        _conv1d_forward_kernel[(triton.cdiv(channels, CONV1D_CHANNELS), batch * segments)](
+        _conv1d_forward_kernel[(triton.cdiv(channels, CONV1D_CHANNELS) * batch * segments,)](
             x_BTD, weight_DK, bias_D, state_BDS, ids_BT, y_BTD, length, segments, channels,
             *x_BTD.stride()[:2], 0 if ids_BT is None else ids_BT.stride(0),
-            **_conv1d_constants(weight_DK, bias_D, state_BDS, ids_BT, silu),
+            **_conv1d_constants(x_BTD, weight_DK, bias_D, state_BDS, ids_BT, silu),
         )  # fmt: skip
         ctx.save_for_backward(x_BTD, weight_DK, bias_D, state_BDS, ids_BT)
         ctx.silu = silu
@@ -377,11 +385,11 @@ class _CausalConv1dTriton(torch.autograd.Function):
         dx_BTD = x_BTD.new_empty(x_BTD.shape)
         dstate_BDS = None if state_BDS is None else torch.empty_like(state_BDS)
         partial_s5D = weight_DK.new_empty(batch * segments, 5, channels)
-        _conv1d_backward_kernel[(triton.cdiv(channels, CONV1D_CHANNELS), batch * segments)](
+        _conv1d_backward_kernel[(triton.cdiv(channels, CONV1D_CHANNELS) * batch * segments,)](
             x_BTD, weight_DK, bias_D, state_BDS, ids_BT, dy_BTD, dx_BTD, dstate_BDS, partial_s5D,
             length, segments, channels,
             *x_BTD.stride()[:2], 0 if ids_BT is None else ids_BT.stride(0), *dy_BTD.stride()[:2],
-            **_conv1d_constants(weight_DK, bias_D, state_BDS, ids_BT, ctx.silu),
+            **_conv1d_constants(x_BTD, weight_DK, bias_D, state_BDS, ids_BT, ctx.silu),
         )  # fmt: skip
         sums_5D = partial_s5D.sum(dim=0)
         dweight_DK = sums_5D[:taps].flip(0).t()
@@ -389,7 +397,12 @@ class _CausalConv1dTriton(torch.autograd.Function):
 
 
 def _conv1d_constants(
-    weight_DK: Tensor, bias_D: Tensor | None, state_BDS: Tensor | None, ids_BT: Tensor | None, silu: bool
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    state_BDS: Tensor | None,
+    ids_BT: Tensor | None,
+    silu: bool,
 ) -> dict[str, int]:
     """What both kernels are compiled for."""
     return {
@@ -400,5 +413,6 @@ def _conv1d_constants(
         "SILU": silu,
         "SEGMENT": CONV1D_SEGMENT,
         "BLOCK": CONV1D_CHANNELS,
+        "NEAREST": kernel_is_interpreted(_conv1d_forward_kernel) and x_BTD.dtype == torch.bfloat16,
         "num_warps": 1,
     }

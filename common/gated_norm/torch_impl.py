@@ -16,8 +16,8 @@ def gated_norm_check_arguments(y: Tensor, z: Tensor, weight_I: Tensor) -> None:
     """Raise ValueError for shapes or dtypes that do not fit together."""
     if y.dim() < 1 or y.shape != z.shape or weight_I.shape != y.shape[-1:] or y.numel() == 0:
         raise ValueError(
-            f"gated_rms_norm: y is {tuple(y.shape)}, z {tuple(z.shape)}, weight {tuple(weight_I.shape)}; expected y and "
-            "z (..., I) alike and not empty, and weight (I,)"
+            f"gated_rms_norm: y is {tuple(y.shape)}, z {tuple(z.shape)}, weight {tuple(weight_I.shape)}; expected "
+            "y and z (..., I) alike and not empty, and weight (I,)"
         )
     if y.dtype != z.dtype:
         raise ValueError(f"gated_rms_norm: y is {y.dtype} and z {z.dtype}, expected the same dtype")

@@ -1,6 +1,6 @@
 """RMS normalisation of a gated row as Triton kernels: one pass over memory each way.
 
-Letters: N rows, I inner width, R rows that a program works on at once, one a warp, s programs.
+Letters: N rows, I inner width, R rows that a program works on at once, s programs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.gated_norm.torch_impl import gated_norm_check_arguments
-from common.triton_support import require_triton, tl, triton, triton_kernel
+from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton, triton_kernel
 
 # Rows that one program of the backward pass sums the weight's gradient over, a multiple of those it works on at once.
 GATED_NORM_ROWS = 64
@@ -57,7 +57,7 @@ def _gated_norm_load(ptr, row_R, column_I, rows, width, stride_n):
 @triton_kernel
 def _gated_norm_forward_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr, rows, width, eps, stride_y_n, stride_z_n,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     column_I = tl.arange(0, BLOCK)
@@ -67,6 +67,8 @@ def _gated_norm_forward_kernel(
     gated_RI = y_RI * z_RI / (1.0 + tl.exp(-z_RI))
     inverse_R = tl.rsqrt(tl.sum(gated_RI * gated_RI, 1) / width + eps)
     out_RI = gated_RI * inverse_R[:, None] * weight_I[None, :]
+    if NEAREST:
+        out_RI = nearest_bf16(out_RI)
     at_RI = out_ptr + row_R.to(tl.int64)[:, None] * width + column_I[None, :]
     tl.store(
         at_RI, out_RI.to(out_ptr.dtype.element_ty), mask=(row_R < rows)[:, None] & (column_I < width)[None, :]
@@ -77,7 +79,7 @@ def _gated_norm_forward_kernel(
 def _gated_norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr, rows, width, eps,
     stride_y_n, stride_z_n, stride_dout_n,
-    R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ROWS rows; partial (s, I) holds each program's sum for the weight."""
     column_I = tl.arange(0, BLOCK)
@@ -99,8 +101,11 @@ def _gated_norm_backward_kernel(
         dgated_RI = inverse_R[:, None] * (scaled_RI - normed_RI * mean_R[:, None])
         at_RI = row_R.to(tl.int64)[:, None] * width + column_I[None, :]
         exists_RI = (row_R < rows)[:, None] & (column_I < width)[None, :]
-        tl.store(dy_ptr + at_RI, (dgated_RI * silu_RI).to(dy_ptr.dtype.element_ty), mask=exists_RI)
+        dy_RI = dgated_RI * silu_RI
         dz_RI = dgated_RI * y_RI * (gate_RI + silu_RI * (1.0 - gate_RI))
+        if NEAREST:
+            dy_RI, dz_RI = nearest_bf16(dy_RI), nearest_bf16(dz_RI)
+        tl.store(dy_ptr + at_RI, dy_RI.to(dy_ptr.dtype.element_ty), mask=exists_RI)
         tl.store(dz_ptr + at_RI, dz_RI.to(dz_ptr.dtype.element_ty), mask=exists_RI)
     at_I = partial_ptr + tl.program_id(0).to(tl.int64) * width + column_I
     tl.store(at_I, tl.sum(dweight_RI, 0), mask=column_I < width)
@@ -115,7 +120,7 @@ class _GatedRmsNormTriton(torch.autograd.Function):
         weight_I = weight_I.contiguous()
         rows, width = y_NI.shape
         out_NI = y_NI.new_empty(rows, width)
-        launch = gated_norm_triton_launch(width)
+        launch = gated_norm_triton_launch(width, y_NI.dtype)
         _gated_norm_forward_kernel[(triton.cdiv(rows, launch["R"]),)](
             y_NI, z_NI, weight_I, out_NI, rows, width, eps, y_NI.stride(0), z_NI.stride(0), **launch
         )
@@ -136,14 +141,17 @@ class _GatedRmsNormTriton(torch.autograd.Function):
         _gated_norm_backward_kernel[(programs,)](
             y_NI, z_NI, weight_I, dout_NI, dy_NI, dz_NI, partial_sI, rows, width, ctx.eps,
             y_NI.stride(0), z_NI.stride(0), dout_NI.stride(0),
-            ROWS=GATED_NORM_ROWS, **gated_norm_triton_launch(width),
+            ROWS=GATED_NORM_ROWS, **gated_norm_triton_launch(width, y_NI.dtype),
         )  # fmt: skip
         return dy_NI, dz_NI, partial_sI.sum(dim=0), None
 
 
-def gated_norm_triton_launch(width: int) -> dict[str, int]:
-    """Rows at once, columns and warps: one warp a row up to 1024 columns, above it all warps on one row."""
+def gated_norm_triton_launch(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows at once, columns and warps: at most 16 numbers of a tile a thread, so that backward fits into registers."""
     block = triton.next_power_of_2(width)
-    if block <= 1024:
-        return {"R": 4, "BLOCK": block, "num_warps": 4}
-    return {"R": 1, "BLOCK": block, "num_warps": block // 512}
+    return {
+        "R": max(1, 2048 // block),
+        "BLOCK": block,
+        "NEAREST": kernel_is_interpreted(_gated_norm_forward_kernel) and dtype == torch.bfloat16,
+        "num_warps": max(4, block // 512),
+    }

@@ -1,7 +1,7 @@
 """Chunked state-space scan as Triton kernels for NVIDIA GPUs (sm_90 first), forward and backward.
 
-Letters: B batch, T time, H heads, P head width, G groups, N state width, L chunk length, c number of chunks, s number of
-segments. In kernels: i the position that reads, j the position that writes, i >= j.
+Letters: B batch, T time, H heads, P head width, G groups, N state width, L chunk length, c number of
+chunks, s number of segments. In kernels: i the position that reads, j the position that writes, i >= j.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.ssd.torch_impl import _ssd_check
-from common.triton_support import kernel_is_interpreted, require_triton, tl, triton, triton_kernel
+from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton, triton_kernel
 
 # A sequence is cut into segments that run side by side when batch times heads alone are fewer programs than this. Each
 # cut costs one more reading of x and B; 256 is about two programs for each of an H100's 132 multiprocessors.
@@ -57,15 +57,17 @@ def ssd_scan_triton(
 
     Numerics: decays, running sums of dt*A (taken inside a chunk only) and states are float32; operands of matrix
     products are rounded to the dtype of x (float32 goes through three TF32 products) and summed in float32. A decay
-    between two positions is exp2 of a difference of running sums that is clamped to <= 0: a parallel running sum need
-    not fall monotonically by the last bit. No atomics: results are the same bits in every run. One backward pass is
-    supported, not the derivative of it.
+    between two positions is exp2 of a difference of running sums; a step counts at most 200 in them, which bounds their
+    rounding (a parallel running sum need not fall monotonically by the last bit). No atomics: results are the same bits
+    in every run. One backward pass is supported, not the derivative of it.
     """
     require_triton("ssd_scan_triton")
     _ssd_check(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, document_ids_BT, chunk_size)
     dtype = x_BTHP.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"ssd_scan_triton: x is {dtype}, expected float32, bfloat16 or float16; ssd_scan_torch takes it")
+        raise ValueError(
+            f"ssd_scan_triton: x is {dtype}, expected float32, bfloat16 or float16; ssd_scan_torch takes any"
+        )
     return _SsdScanTriton.apply(
         x_BTHP,
         dt_BTH.float(),
@@ -189,12 +191,14 @@ def _ssd_load_rows(
 @triton_kernel
 def _ssd_store_rows(
     ptr, value_LK, first, length, stride_t,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The reverse of `_ssd_load_rows`."""
     position_L = first + tl.arange(0, L)
     column_K = tl.arange(0, BLOCK)
     at_LK = ptr + position_L[:, None] * stride_t + column_K[None, :]
+    if WIDEN:
+        value_LK = nearest_bf16(value_LK)
     value_LK = value_LK.to(ptr.dtype.element_ty)
     if EVEN and WIDTH == BLOCK:
         tl.store(at_LK, value_LK)
@@ -276,7 +280,7 @@ def _ssd_scan_kernel(
             reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
         weight_LL = tl.where(reaches_LL, weight_LL, 0.0)
         y_LP = tl.dot(weight_LL.to(x_LP.dtype), x_LP, y_LP, input_precision=PRECISION)
-        _ssd_store_rows(y_ptr, y_LP, first, length, heads * P, P, BLOCK_P, L, EVEN)
+        _ssd_store_rows(y_ptr, y_LP, first, length, heads * P, P, BLOCK_P, L, EVEN, WIDEN)
 
     if part == segments - 1:
         tl.store(final_ptr + (b * heads + h) * P * N + offset_NP, state_NP, mask=exists_NP)
@@ -323,7 +327,10 @@ def _ssd_states_kernel(
             first = begin + (count - 1 - step) * L
         if not SUMMARY:
             at = states_ptr + ((b * chunks + first // L) * heads + h) * P * N
-            tl.store(at + offset_NP, state_NP.to(states_ptr.dtype.element_ty), mask=exists_NP)
+            stored_NP = state_NP
+            if WIDEN:
+                stored_NP = nearest_bf16(stored_NP)
+            tl.store(at + offset_NP, stored_NP.to(states_ptr.dtype.element_ty), mask=exists_NP)
         u_LP = _ssd_load_rows(u_ptr, first, length, stride_u_t, P, BLOCK_P, L, EVEN, WIDEN)
         v_LN = _ssd_load_rows(v_ptr, first, length, stride_v_t, N, BLOCK_N, L, EVEN, WIDEN)
         dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
@@ -421,45 +428,50 @@ def _ssd_gradient_kernel(
         from_start_L = _ssd_from_start(sums_L, run_L, DOCUMENTS)
         to_end_L = _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
 
-        # Through the states. Each tile is used up as early as possible: registers decide how many programs fit.
         through = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32))
         through *= _ssd_through(total, last_run, DOCUMENTS)
-        x_wide_LP = x_LP.to(tl.float32)
-        kept_LP = (x_wide_LP * (dt_L * to_end_L)[:, None]).to(x_LP.dtype)
-        dB_LN = tl.dot(kept_LP, tl.trans(leaving_NP), dB_LN, input_precision=PRECISION)
-        dx_LP = tl.dot(B_LN, leaving_NP, input_precision=PRECISION) * to_end_L[:, None]
-        direct_L = tl.sum(dx_LP * x_wide_LP, 1)
-        written_L = direct_L * dt_L
-        dx_LP *= dt_L[:, None]
-        seen_LP = dy_LP.to(tl.float32) * from_start_L[:, None]
-        dC_LN = tl.dot(seen_LP.to(x_LP.dtype), tl.trans(entering_NP), dC_LN, input_precision=PRECISION)
-        read_L = tl.sum(tl.dot(C_LN, entering_NP, input_precision=PRECISION) * seen_LP, 1)
-        if HAS_D:
-            dx_LP += dy_LP.to(tl.float32) * tl.load(D_ptr + h)
 
-        # Inside the chunk.
+        # Inside the chunk, before dx, which is as large as one of these matrices, takes up registers.
         # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from head to head.
         row_L = offset_L + tl.minimum(h, 0)
         reaches_LL = row_L[:, None] <= offset_L[None, :]
         if DOCUMENTS:
             reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
         decay_LL = tl.where(reaches_LL, tl.exp2(sums_L[None, :] - sums_L[:, None]), 0.0)
-        weight_LL = tl.dot(B_LN, tl.trans(C_LN), input_precision=PRECISION) * decay_LL
         raw_LL = tl.dot(x_LP, tl.trans(dy_LP), input_precision=PRECISION)
         same_LL = row_L[:, None] == offset_L[None, :]
         if HAS_D:
             tl.store(dD_ptr + partial, tl.sum(tl.sum(tl.where(same_LL, raw_LL, 0.0), 1), 0))
-        pair_LL = raw_LL * weight_LL
-        direct_L += tl.sum(pair_LL, 1)
-        pair_LL = tl.where(same_LL, 0.0, pair_LL) * dt_L[:, None]
-        read_L += tl.sum(pair_LL, 0) - tl.sum(pair_LL, 1)
-        exchange_LL = (raw_LL * decay_LL * dt_L[:, None]).to(x_LP.dtype)
-        dx_LP = tl.dot((weight_LL * dt_L[:, None]).to(x_LP.dtype), dy_LP, dx_LP, input_precision=PRECISION)
+        raw_LL *= decay_LL
+        exchange_LL = (raw_LL * dt_L[:, None]).to(x_LP.dtype)
         dB_LN = tl.dot(exchange_LL, C_LN, dB_LN, input_precision=PRECISION)
         dC_LN = tl.dot(tl.trans(exchange_LL), B_LN, dC_LN, input_precision=PRECISION)
+        weight_LL = tl.dot(B_LN, tl.trans(C_LN), input_precision=PRECISION)
+        raw_LL *= weight_LL
+        weight_LL = (weight_LL * decay_LL * dt_L[:, None]).to(x_LP.dtype)
+        direct_L = tl.sum(raw_LL, 1)
+        raw_LL = tl.where(same_LL, 0.0, raw_LL) * dt_L[:, None]
+        read_L = tl.sum(raw_LL, 0) - tl.sum(raw_LL, 1)
+        dx_LP = tl.dot(weight_LL, dy_LP, input_precision=PRECISION)
+
+        # Through the states.
+        x_wide_LP = x_LP.to(tl.float32)
+        added_LP = tl.dot(B_LN, leaving_NP, input_precision=PRECISION) * to_end_L[:, None]
+        dx_LP += added_LP * dt_L[:, None]
+        written_L = tl.sum(added_LP * x_wide_LP, 1)
+        direct_L += written_L
+        written_L *= dt_L
+        kept_LP = (x_wide_LP * (dt_L * to_end_L)[:, None]).to(x_LP.dtype)
+        dB_LN = tl.dot(kept_LP, tl.trans(leaving_NP), dB_LN, input_precision=PRECISION)
+        dy_wide_LP = dy_LP.to(tl.float32)
+        if HAS_D:
+            dx_LP += dy_wide_LP * tl.load(D_ptr + h)
         _ssd_store_rows(
-            dx_ptr + (b * length * heads + h) * P, dx_LP, first, length, heads * P, P, BLOCK_P, L, EVEN
+            dx_ptr + (b * length * heads + h) * P, dx_LP, first, length, heads * P, P, BLOCK_P, L, EVEN, WIDEN
         )
+        seen_LP = dy_wide_LP * from_start_L[:, None]
+        read_L += tl.sum(tl.dot(C_LN, entering_NP, input_precision=PRECISION) * seen_LP, 1)
+        dC_LN = tl.dot(seen_LP.to(x_LP.dtype), tl.trans(entering_NP), dC_LN, input_precision=PRECISION)
 
         dlog_L = tl.cumsum(read_L, 0, reverse=True) + tl.cumsum(written_L, 0) - written_L + through
         tl.store(dA_ptr + partial, tl.sum(dlog_L * dt_L, 0))
@@ -468,8 +480,8 @@ def _ssd_gradient_kernel(
             ddt_ptr + (b * length + position_L) * heads + h, direct_L + dlog_L * A, mask=position_L < length
         )
     row = (b * length * groups + g) * N
-    _ssd_store_rows(dB_ptr + row, dB_LN, first, length, groups * N, N, BLOCK_N, L, EVEN)
-    _ssd_store_rows(dC_ptr + row, dC_LN, first, length, groups * N, N, BLOCK_N, L, EVEN)
+    _ssd_store_rows(dB_ptr + row, dB_LN, first, length, groups * N, N, BLOCK_N, L, EVEN, WIDEN)
+    _ssd_store_rows(dC_ptr + row, dC_LN, first, length, groups * N, N, BLOCK_N, L, EVEN, WIDEN)
 
 
 class _SsdScanTriton(torch.autograd.Function):
@@ -509,7 +521,7 @@ class _SsdScanTriton(torch.autograd.Function):
     def backward(ctx, dy_BTHP, dfinal_BHPN):
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, ids_BT = ctx.saved_tensors
         chunk = ctx.chunk
-        batch, length, heads, width = x_BTHP.shape
+        batch, length, heads = dt_BTH.shape
         groups, n = B_BTGN.shape[2:]
         chunks = triton.cdiv(length, chunk)
         dy_BTHP, dfinal_BHPN = _ssd_unit_stride(dy_BTHP), dfinal_BHPN.contiguous()
@@ -586,7 +598,7 @@ def _ssd_segment_starts(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, segment,
 
 
 def _ssd_chunk_states(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, reverse) -> tuple[Tensor, Tensor]:
-    """State between the chunks (B, c, H, P, N) in the dtype of u, and the one after the last (reverse: before the first).
+    """States between the chunks (B, c, H, P, N) in the dtype of u, and that after the last (reverse: before the first).
 
     The kernels use a state as an operand of a product only, so it is kept in the dtype that it would be rounded to.
     """
