@@ -8,17 +8,21 @@ nobody can launch; the launching side says so through `require_triton`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
-except ModuleNotFoundError as _triton_missing:
-    if (_triton_missing.name or "").split(".")[0] != "triton":
-        raise
-    triton = tl = None  # pyright: ignore[reportAssignmentType]
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ModuleNotFoundError as _triton_missing:
+        if (_triton_missing.name or "").split(".")[0] != "triton":
+            raise
+        triton = tl = None
 
 # Streaming multiprocessors of an H100 or H200 (SXM): what ahead-of-time compilation and the interpreter plan for.
 HOPPER_MULTIPROCESSORS = 132

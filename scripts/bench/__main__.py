@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 import types
 from collections.abc import Sequence
@@ -37,7 +36,9 @@ class Missing(types.ModuleType):
 def stand_in(packages: Sequence[str]) -> None:
     """Let modules import those of `packages` that are not installed."""
     for name in packages:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
             sys.modules[name] = Missing(name)
 
 

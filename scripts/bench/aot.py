@@ -99,11 +99,11 @@ def compiling_only(found: list[tuple[Any, Any, Any]], logs: dict[str, str]) -> I
     def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
-            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            kernel: Any = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             own = {key: value for key, value in kwargs.items() if key in self.arg_names}
-            size = grid(self.signature.bind_partial(*args, **own).arguments) if callable(grid) else grid
+            size: Any = grid(self.signature.bind_partial(*args, **own).arguments) if callable(grid) else grid
             logs.setdefault(kernel.hash, log.getvalue())
             found.append((self, kernel, tuple(size)))
         return kernel

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from submissions.jepa_mamba import train_gpt
 
-PHASES = ("forward", "backward", "gradients", "muon", "adam", "publish", "other")
+PHASES: tuple[str, ...] = ("forward", "backward", "gradients", "muon", "adam", "publish", "other")
 
 
 def configure(options: Mapping[str, Any]) -> Any:
@@ -70,7 +70,7 @@ class Stopwatch:
         """Milliseconds of each phase since the first mark; their sum is the time between the first and the last."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        found = dict.fromkeys(PHASES, 0.0)
+        found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         for (_, before), (ending, after) in zip(self.marks, self.marks[1:], strict=False):
             found[ending] += before.elapsed_time(after) if self.device.type == "cuda" else 1e3 * (after - before)
         self.marks.clear()

@@ -158,7 +158,7 @@ def test_steps_are_timed_on_a_bare_image():
         "model_dim=16", "num_layers=1", "headdim=16", "d_state=8", "embed_dim=16", "attn_layers=", "vocab_size=32",
         "train_seq_len=16", "train_batch_tokens=64", "micro_batch_tokens=64", "sigreg_timesteps=4",
     ]  # fmt: skip
-    bare = ("brotli", "zstandard", "sentencepiece", "safetensors", "rich", "mamba_ssm", "causal_conv1d", "matplotlib")
+    bare = ("brotli", "zstandard", "sentencepiece", "safetensors", "rich", "matplotlib", "pyarrow")
     options = ["--preset", "demo", "--device", "cpu", "--steps", "2", "--operations", "--set", *tiny]
     done = bench("step", *options, blocked=bare)
     assert done.returncode == 0, done.stderr
