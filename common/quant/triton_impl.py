@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.quant.grid import BF16_MAX, F32_GRID, FP8_E4M3_MAX, GRID_SCALE_MAX, GRID_SCALE_MIN, GridSpec, grid_rows
-from common.triton_support import nearest_bf16, require_triton, tl, triton, triton_kernel
+from common.triton_support import nearest_bf16, require_triton, tl, triton_kernel
 
 # Rules a program follows, in the table's column of that name.
 _RULE_INT, _RULE_FP8, _RULE_BF16, _RULE_F32 = range(4)
@@ -49,7 +49,7 @@ def _row_sigma(source, columns, WIDTH: tl.constexpr, LEVELS: tl.constexpr):
     c = tl.arange(0, WIDTH)
     w = tl.load(source + c, mask=c < columns, other=0.0).to(tl.float64)
     sums = w * w
-    for level in tl.static_range(LEVELS):
+    for level in tl.static_range(LEVELS):  # pyright: ignore[reportGeneralTypeIssues]
         # Exactly two terms a sum: the upper half onto the lower.
         sums = tl.sum(sums.reshape((2, WIDTH >> (level + 1))), axis=0)
     mean = tl.sum(sums, axis=0) / columns.to(tl.float64)
@@ -223,7 +223,7 @@ class FakeQuantizeAll:
                 "fake_quantize_torch"
             )
         self.rows = len(tensor_of_R)
-        self.width = triton.next_power_of_2(max(widest_clipped, 1))
+        self.width = 1 << (max(widest_clipped, 1) - 1).bit_length()
         self.clipped = widest_clipped > 0
         self.tensor_of_R = torch.tensor(tensor_of_R, dtype=torch.int32, device=device)
         self.row_of_R = torch.tensor(row_of_R, dtype=torch.int32, device=device)

@@ -151,7 +151,8 @@ def _relu2_up_kernel(
 ):
     """Tiles of h = leaky_relu(x up^T)^2 (and of u if LEAKY), and each tile's row sums of h^2."""
     HALF: tl.constexpr = BLOCK_H // 2
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_h, tl.num_programs(0), flatten=True):
+    tiles = tiles_n * tiles_h
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):  # pyright: ignore
         first_n = (tile // tiles_h) * BLOCK_N
         first_h = (tile % tiles_h) * BLOCK_H
         u = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
@@ -198,7 +199,8 @@ def _relu2_down_back_kernel(
 ):
     """Tiles of du = ((r g) down - c h) dh/du."""
     HALF: tl.constexpr = BLOCK_H // 2
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_h, tl.num_programs(0), flatten=True):
+    tiles = tiles_n * tiles_h
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):  # pyright: ignore
         first_n = (tile // tiles_h) * BLOCK_N
         first_h = (tile % tiles_h) * BLOCK_H
         dh = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)

@@ -213,8 +213,8 @@ def sigreg_triton(
 
     Numerics: as `sigreg_torch`; a projection of bfloat16 z is made with A as a sum of two bfloat16 numbers (relative
     error 2^-17), of float32 z as three TF32 products, which is as good as float32. The gradient's product with A^T is
-    torch.matmul's (TF32 if that is allowed). Of N T M numbers only backward makes a tensor, of N T M K nobody. No atomics:
-    equal runs give equal bits.
+    torch.matmul's (TF32 if that is allowed). Of N T M numbers only backward makes a tensor, of N T M K nobody. No
+    atomics: equal runs give equal bits.
     """
     require_triton("sigreg_triton")
     sigreg_check_arguments(z, A_DM, per_timestep)
@@ -312,11 +312,11 @@ class _SigregTriton(torch.autograd.Function):
 def _sigreg_tile(z_NTD: Tensor) -> dict[str, int | bool]:
     """Block sizes and options of a launch."""
     interpreted = kernel_is_interpreted(_sigreg_moments_kernel)
-    small = z_NTD.shape[0] <= 16 or interpreted
+    small = z_NTD.shape[0] <= 16
     return {
-        "BLOCK_N": 16 if small else 64,
-        "BLOCK_M": 16 if interpreted else 64,
-        "BLOCK_D": 16 if interpreted else 32,
+        "BLOCK_N": 16 if small else 32 if interpreted else 64,
+        "BLOCK_M": 32 if interpreted else 64,
+        "BLOCK_D": 32,
         "SPLIT": z_NTD.dtype == torch.bfloat16,
         "WIDEN": interpreted,
         "num_warps": 4 if small else 8,

@@ -60,19 +60,19 @@ def test_error_is_at_most_twice_that_of_the_torch_form(kernel_device, dtype, sha
 def test_samples_in_slices_and_strided_rows(kernel_device):
     """Many samples are summed in slices of whole tiles; z may be a view with other strides."""
     z, A = make_inputs(kernel_device, (150, 9), projections=5)
-    expected = sigreg_reference(z.cpu().numpy(), A.cpu().numpy(), per_timestep=False)
+    expected = sigreg_reference(z.cpu().numpy(), A.cpu().numpy(), knots=5, per_timestep=False)
     for view in (z, z.t().contiguous().t(), torch.cat([z, z], dim=1)[:, :9]):
-        value, gradient = value_and_gradient(sigreg_triton, view, A, scale=1.0, per_timestep=False)
+        value, gradient = value_and_gradient(sigreg_triton, view, A, scale=1.0, knots=5, per_timestep=False)
         np.testing.assert_allclose(value.item(), expected[0], rtol=5e-6)
         np.testing.assert_allclose(gradient.cpu().numpy(), expected[1], atol=1e-5 * np.abs(expected[1]).max())
 
 
 def test_poisoned_memory_is_never_read(kernel_device, monkeypatch):
     z, A = make_inputs(kernel_device, (37, 3, 9))
-    clean = value_and_gradient(sigreg_triton, z, A, per_timestep=True)
+    clean = value_and_gradient(sigreg_triton, z, A, knots=3, per_timestep=True)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
-    for a, b in zip(clean, value_and_gradient(sigreg_triton, z, A, per_timestep=True), strict=True):
+    for a, b in zip(clean, value_and_gradient(sigreg_triton, z, A, knots=3, per_timestep=True), strict=True):
         assert torch.equal(a, b)
 
 
@@ -83,7 +83,8 @@ def test_nothing_of_the_size_of_all_knots_exists(kernel_device):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t))
+            made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t)]
+            sizes.extend(t.numel() for t in made if t.is_floating_point())  # the interpreter handles bytes as well
             return out
 
     with Watch():
@@ -94,7 +95,7 @@ def test_nothing_of_the_size_of_all_knots_exists(kernel_device):
 def _sigreg_triton_worker(rank, path, out):
     os.environ["TRITON_INTERPRET"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    z, A = make_inputs("cpu", (24, 2, 9))
+    z, A = make_inputs("cpu", (24, 1, 9))
     mine = z[:10] if rank == 0 else z[10:]  # unequal shares
     value, gradient = value_and_gradient(sigreg_triton, mine, A, per_timestep=True)
     np.savez(f"{out}_{rank}.npz", value=value.numpy(), gradient=gradient.numpy())
@@ -106,7 +107,7 @@ def test_two_processes_equal_one(kernel_device, tmp_path):
     if kernel_device != "cpu":
         pytest.skip("two processes need the interpreter here")
     mp.spawn(_sigreg_triton_worker, (tmp_path / "rendezvous", tmp_path / "out"), nprocs=2)
-    z, A = make_inputs("cpu", (24, 2, 9))
+    z, A = make_inputs("cpu", (24, 1, 9))
     value, gradient = value_and_gradient(sigreg_triton, z, A, per_timestep=True)
     found = []
     for rank in range(2):
