@@ -11,7 +11,8 @@ from torch import Tensor
 from common.gated_norm.torch_impl import gated_norm_check_arguments
 from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton, triton_kernel
 
-# Rows that one program of the backward pass sums the weight's gradient over, a multiple of those it works on at once.
+# Rows that one program of the backward pass sums the weight's gradient over: a power of two, and a multiple of those it
+# works on at once.
 GATED_NORM_ROWS = 64
 GATED_NORM_WIDEST = 8192
 
@@ -150,7 +151,7 @@ def gated_norm_triton_launch(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows at once, columns and warps: at most 16 numbers of a tile a thread, so that backward fits into registers."""
     block = triton.next_power_of_2(width)
     return {
-        "R": max(1, 2048 // block),
+        "R": min(GATED_NORM_ROWS, max(1, 2048 // block)),
         "BLOCK": block,
         "NEAREST": kernel_is_interpreted(_gated_norm_forward_kernel) and dtype == torch.bfloat16,
         "num_warps": max(4, block // 512),

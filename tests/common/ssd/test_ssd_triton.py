@@ -134,8 +134,11 @@ def test_chunk_size_does_not_matter(kernel_device):
 
 
 def test_lengths_of_chunks_and_segments():
-    assert [ssd_triton_chunk_length(1024, size) for size in (1, 16, 48, 64, 256)] == [16, 16, 32, 64, 64]
-    assert [ssd_triton_chunk_length(length, 64) for length in (1, 16, 17, 32, 33, 64)] == [16, 16, 32, 32, 64, 64]
+    sizes = (1, 16, 48, 64, 256)
+    assert [ssd_triton_chunk_length(1024, size, large=False) for size in sizes] == [16, 16, 32, 64, 64]
+    assert [ssd_triton_chunk_length(1024, size, large=True) for size in sizes] == [16, 16, 32, 32, 32]
+    lengths = (1, 16, 17, 32, 33, 64)
+    assert [ssd_triton_chunk_length(length, 64, large=False) for length in lengths] == [16, 16, 32, 32, 64, 64]
     for length, chunk, programs in itertools.product((1, 63, 500, 8192), (16, 64), (1, 96, 640)):
         segment = ssd_triton_segment_length(length, chunk, programs)
         assert segment % chunk == 0
