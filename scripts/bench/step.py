@@ -175,9 +175,12 @@ def operations_ms(bench: StepBench, steps: int, top: int = 25) -> list[dict[str,
 
 
 def matmul_flops(options: Mapping[str, Any], tokens: int) -> int:
-    """FLOPs of the matrix products of one step in its plain form, counted on tensors without values."""
+    """FLOPs of the matrix products of one step in its plain form, counted on tensors without values.
+
+    One window is counted, times the windows of the step; Newton-Schulz is added once, as on one GPU.
+    """
     config = configure(options)
-    shape = (tokens // config.train_seq_len, config.train_seq_len)
+    shape = (1, config.train_seq_len)
     kernels = train_gpt.select_kernels("torch", torch.device("cpu"))
     with torch.device("meta"):
         model = train_gpt.TrainingModel(config, kernels)
@@ -197,7 +200,7 @@ def matmul_flops(options: Mapping[str, Any], tokens: int) -> int:
         if train_gpt.optimizer_group(name, parameter) == "muon":
             short, long = sorted(parameter.shape)
             newton_schulz += config.muon_backend_steps * (4 * short * short * long + 2 * short**3)
-    return counter.get_total_flops() + newton_schulz
+    return counter.get_total_flops() * (tokens // config.train_seq_len) + newton_schulz
 
 
 def serve() -> None:
