@@ -277,8 +277,13 @@ def _ssd_scan_kernel(
         state_NP = tl.dot(tl.trans(kept_LN), x_LP, state_NP, input_precision=PRECISION)
         # Inside the chunk.
         weight_LL = tl.dot(C_LN, tl.trans(B_LN), input_precision=PRECISION)
-        added_L = sums_L - tl.log2(dt_L)  # dt_j in the exponent: dt = 0 makes it -inf and the weight 0
-        weight_LL *= tl.exp2(sums_L[:, None] - added_L[None, :])
+        if PRECISION == "tf32x3":
+            weight_LL *= tl.exp2(sums_L[:, None] - sums_L[None, :]) * dt_L[None, :]
+        else:
+            # dt_j in the exponent saves 16 registers, and the exponent's rounding is far below that of 16 bits. dt = 0
+            # makes it -inf and the weight 0.
+            added_L = sums_L - tl.log2(dt_L)
+            weight_LL *= tl.exp2(sums_L[:, None] - added_L[None, :])
         # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from chunk to chunk.
         row_L = offset_L + tl.minimum(first, 0)
         reaches_LL = row_L[:, None] >= offset_L[None, :]
