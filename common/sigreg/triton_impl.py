@@ -261,7 +261,7 @@ class _SigregTriton(torch.autograd.Function):
         # One buffer, so that one all-reduce carries the sums and the count.
         buffer = A_DM.new_empty(sums_SFTM[0].numel() + 1)
         torch.sum(sums_SFTM, dim=0, out=buffer[:-1].view(sums_SFTM.shape[1:]))
-        buffer[-1] = samples
+        buffer[-1:].fill_(samples)
         ranks = 1
         if dist.is_available() and dist.is_initialized():
             ranks = dist.get_world_size(process_group)

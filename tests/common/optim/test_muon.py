@@ -165,7 +165,7 @@ def _muon_worker(rank, ranks, path, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_equal_one(tmp_path, ranks):
     """A number of matrices of one shape that does not divide, and shapes of which a rank has none."""
     mp.spawn(_muon_worker, (ranks, tmp_path / "rendezvous", tmp_path / "out"), nprocs=ranks)
