@@ -113,6 +113,11 @@ def _sigreg_blocks(samples: int, positions: int, width: int, is_cuda: bool) -> l
     ]
 
 
+def _sigreg_constants(values: list[float], like: Tensor) -> Tensor:
+    """Numbers as a vector, written by the device itself: a copy from the host could not be captured in a CUDA graph."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
 class _SigregRotation:
     """cos(t p) and sin(t p) for equally spaced t, each knot from the one before."""
 
@@ -155,9 +160,8 @@ class _Sigreg(torch.autograd.Function):
                 dist.all_reduce(buffer, group=process_group)
         count = buffer[-1].clone()
         buffer /= count
-        cos_KTM -= torch.tensor(phi_K, dtype=acc, device=z_NTD.device)[:, None, None]
-        weight_K11 = torch.tensor(weight_K, dtype=acc, device=z_NTD.device)[:, None, None]
-        error_KTM = weight_K11 * (cos_KTM * cos_KTM + sin_KTM * sin_KTM)
+        cos_KTM -= _sigreg_constants(phi_K, buffer)[:, None, None]
+        error_KTM = _sigreg_constants(weight_K, buffer)[:, None, None] * (cos_KTM * cos_KTM + sin_KTM * sin_KTM)
         ctx.save_for_backward(z_NTD, A_DM, cos_KTM, sin_KTM, count)
         ctx.ranks = ranks
         return error_KTM.sum() / (positions * projections)
@@ -173,9 +177,7 @@ class _Sigreg(torch.autograd.Function):
         # d loss / d p = sum_k 2 w_k t_k / (T M n) * (sin error * cos(t p) - cos error * sin(t p)); times the ranks,
         # because the caller averages over them what belongs to one sum.
         scale = dloss * (2.0 * ctx.ranks / (positions * projections)) / count
-        slope_K = scale * torch.tensor(
-            [w * t for w, t in zip(weight_K, t_K, strict=True)], dtype=acc, device=z_NTD.device
-        )
+        slope_K = scale * _sigreg_constants([w * t for w, t in zip(weight_K, t_K, strict=True)], A_DM)
         by_cos_KTM = sin_KTM * slope_K[:, None, None]
         by_sin_KTM = cos_KTM * slope_K[:, None, None]
         dz_NTD = torch.empty_like(z_NTD)
