@@ -5,6 +5,8 @@ Letters: N rows, I inner width, R rows that a program works on at once, s progra
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -147,7 +149,7 @@ class _GatedRmsNormTriton(torch.autograd.Function):
         return dy_NI, dz_NI, partial_sI.sum(dim=0), None
 
 
-def gated_norm_triton_launch(width: int, dtype: torch.dtype) -> dict[str, int]:
+def gated_norm_triton_launch(width: int, dtype: torch.dtype) -> dict[str, Any]:
     """Rows at once, columns and warps: at most 16 numbers of a tile a thread, so that backward fits into registers."""
     block = triton.next_power_of_2(width)
     return {

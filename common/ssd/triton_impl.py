@@ -105,9 +105,9 @@ def ssd_triton_segment_length(length: int, chunk: int, programs: int) -> int:
     Returns:
         a multiple of `chunk`.
     """
-    chunks = triton.cdiv(length, chunk)
-    segments = min(triton.cdiv(SSD_TRITON_ENOUGH_PROGRAMS, programs), triton.cdiv(chunks, 4))
-    return triton.cdiv(chunks, max(segments, 1)) * chunk
+    chunks = -(-length // chunk)
+    segments = min(-(-SSD_TRITON_ENOUGH_PROGRAMS // programs), -(-chunks // 4))
+    return -(-chunks // segments) * chunk
 
 
 def ssd_triton_launch(kernel: str, dtype: torch.dtype, width: int, n: int) -> dict[str, Any]:
