@@ -99,8 +99,8 @@ def _conv1d_input(
     TAPS: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
     """The input of position t: before position 0 that of the state, zero outside."""
-    value_D = tl.load(x_ptr + t * stride_t + channel_D, mask=exists_D & (t >= 0) & (t < length), other=0.0)
-    value_D = value_D.to(tl.float32)
+    row_ptr = x_ptr + tl.cast(t, tl.int64) * stride_t
+    value_D = tl.load(row_ptr + channel_D, mask=exists_D & (t >= 0) & (t < length), other=0.0).to(tl.float32)
     if HAS_STATE:
         carried = TAPS - 1
         remembered = exists_D & (t < 0) & (t >= -carried)
@@ -198,7 +198,7 @@ def _conv1d_forward_kernel(
         x_ptr, state_ptr, ids_ptr, first, length, stride_x_t, channel_D, exists_D, TAPS, HAS_STATE, DOCUMENTS
     )
     for t0 in range(first, tl.minimum(first + SEGMENT, length), 4):
-        at = x_ptr + t0 * stride_x_t + channel_D
+        at = x_ptr + tl.cast(t0, tl.int64) * stride_x_t + channel_D
         in0_D = tl.load(at, mask=exists_D, other=0.0)
         in1_D = tl.load(at + stride_x_t, mask=exists_D & (t0 + 1 < length), other=0.0)
         in2_D = tl.load(at + 2 * stride_x_t, mask=exists_D & (t0 + 2 < length), other=0.0)
@@ -226,7 +226,7 @@ def _conv1d_forward_kernel(
             # int64: the offset in a sequence may pass 2^31 numbers where many channels meet a long one.
             if NEAREST:
                 y_D = nearest_bf16(y_D)
-            row = y_ptr + t.to(tl.int64) * channels
+            row = y_ptr + tl.cast(t, tl.int64) * channels
             tl.store(row + channel_D, y_D.to(y_ptr.dtype.element_ty), mask=exists_D & (t < length))
             back3_D = back2_D
             back2_D = back1_D
@@ -273,8 +273,8 @@ def _conv1d_backward_kernel(
     wait1_D, wait2_D, wait3_D = none_D, none_D, none_D  # gradients of the inputs t-1, t-2, t-3 so far
     dtap0_D, dtap1_D, dtap2_D, dtap3_D, dbias_D = none_D, none_D, none_D, none_D, none_D
     for t0 in range(first, first + SEGMENT + 4, 4):
-        at = x_ptr + t0 * stride_x_t + channel_D
-        dat = dy_ptr + t0 * stride_dy_t + channel_D
+        at = x_ptr + tl.cast(t0, tl.int64) * stride_x_t + channel_D
+        dat = dy_ptr + tl.cast(t0, tl.int64) * stride_dy_t + channel_D
         in0_D = tl.load(at, mask=exists_D & (t0 < length), other=0.0)
         in1_D = tl.load(at + stride_x_t, mask=exists_D & (t0 + 1 < length), other=0.0)
         in2_D = tl.load(at + 2 * stride_x_t, mask=exists_D & (t0 + 2 < length), other=0.0)
@@ -328,7 +328,7 @@ def _conv1d_backward_kernel(
             if NEAREST:
                 whole_D = nearest_bf16(whole_D)
             done = t - 3
-            row = dx_ptr + done.to(tl.int64) * channels
+            row = dx_ptr + tl.cast(done, tl.int64) * channels
             tl.store(
                 row + channel_D, whole_D.to(dx_ptr.dtype.element_ty), mask=exists_D & (done >= first) & (done < end)
             )

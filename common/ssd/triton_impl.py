@@ -115,7 +115,7 @@ def ssd_triton_launch(kernel: str, dtype: torch.dtype, width: int, n: int) -> di
     if dtype == torch.float32:
         return {"num_warps": 8, "num_stages": 1 if kernel == "gradient" else 2}
     if _ssd_is_large(dtype, width, n):
-        return {"num_warps": 8 if kernel == "gradient" else 4, "num_stages": 2}
+        return {"num_warps": 4 if kernel == "states" else 8, "num_stages": 2}
     return {"num_warps": 4, "num_stages": 2 if kernel == "gradient" else 3}
 
 
@@ -182,13 +182,14 @@ def _ssd_load_rows(
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """L positions of a tensor, zero outside of it, (L, BLOCK)."""
-    position_L = first + tl.arange(0, L)
+    offset_L = tl.arange(0, L)
     column_K = tl.arange(0, BLOCK)
-    at_LK = ptr + position_L[:, None] * stride_t + column_K[None, :]
+    # int64: the offset inside a long sequence may pass 2^31 numbers.
+    at_LK = ptr + tl.cast(first, tl.int64) * stride_t + (offset_L[:, None] * stride_t + column_K[None, :])
     if EVEN and WIDTH == BLOCK:
         value_LK = tl.load(at_LK)
     else:
-        value_LK = tl.load(at_LK, mask=(position_L < length)[:, None] & (column_K < WIDTH)[None, :], other=0.0)
+        value_LK = tl.load(at_LK, mask=(first + offset_L < length)[:, None] & (column_K < WIDTH)[None, :], other=0.0)
     if WIDEN:
         value_LK = value_LK.to(tl.float32)
     return value_LK
@@ -200,16 +201,16 @@ def _ssd_store_rows(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The reverse of `_ssd_load_rows`."""
-    position_L = first + tl.arange(0, L)
+    offset_L = tl.arange(0, L)
     column_K = tl.arange(0, BLOCK)
-    at_LK = ptr + position_L[:, None] * stride_t + column_K[None, :]
+    at_LK = ptr + tl.cast(first, tl.int64) * stride_t + (offset_L[:, None] * stride_t + column_K[None, :])
     if WIDEN:
         value_LK = nearest_bf16(value_LK)
     value_LK = value_LK.to(ptr.dtype.element_ty)
     if EVEN and WIDTH == BLOCK:
         tl.store(at_LK, value_LK)
     else:
-        tl.store(at_LK, value_LK, mask=(position_L < length)[:, None] & (column_K < WIDTH)[None, :])
+        tl.store(at_LK, value_LK, mask=(first + offset_L < length)[:, None] & (column_K < WIDTH)[None, :])
 
 
 @triton_kernel
