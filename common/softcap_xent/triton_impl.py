@@ -39,12 +39,13 @@ def _softcap_curve(logit, edge, c1, c3, c5, s2, s4, KIND: tl.constexpr, SLOPE: t
         capped = bent * c1
         slope = 1.0 - bent * bent
     else:
-        bounded = tl.minimum(tl.maximum(logit, -edge), edge)
+        bounded = tl.maximum(logit, -edge, propagate_nan=tl.PropagateNan.ALL)  # a run that diverges must show
+        bounded = tl.minimum(bounded, edge, propagate_nan=tl.PropagateNan.ALL)
         square = bounded * bounded
         capped = bounded * (c1 + square * (c3 + square * c5))
         slope = 1.0 + square * (s2 + square * s4)
         if SLOPE:
-            slope = tl.where(tl.abs(logit) < edge, slope, 0.0)
+            slope = tl.where(tl.abs(bounded) < edge, slope, 0.0)
     return capped, slope
 
 
@@ -62,14 +63,12 @@ def _softcap_share(
     s2,
     s4,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     WRITE: tl.constexpr,
     SHIFTED: tl.constexpr,
     EVEN_V: tl.constexpr,
 ):
     """Row sums of exp(capped - shift), the shifts, and exp(capped - shift) * slope of some columns."""
-    if HAS_BIAS:
-        logit += tl.load(bias_ptr + v, mask=v < vocabulary, other=0.0).to(tl.float32)[None, :]
+    logit += tl.load(bias_ptr + v, mask=v < vocabulary, other=0.0).to(tl.float32)[None, :]
     capped, slope = _softcap_curve(logit, edge, c1, c3, c5, s2, s4, KIND, WRITE)
     shift = lse
     if SHIFTED and not WRITE:
@@ -104,7 +103,6 @@ def _softcap_head_kernel(
     s2,
     s4,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     WRITE: tl.constexpr,
     SHIFTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -136,7 +134,7 @@ def _softcap_head_kernel(
     left, right = logit.reshape((BLOCK_N, 2, HALF)).permute(0, 2, 1).split()
     v = first_v + tl.arange(0, HALF)
     sums, tops, e = _softcap_share(
-        left, bias_ptr, v, vocabulary, lse, edge, c1, c3, c5, s2, s4, KIND, HAS_BIAS, WRITE, SHIFTED, EVEN_V
+        left, bias_ptr, v, vocabulary, lse, edge, c1, c3, c5, s2, s4, KIND, WRITE, SHIFTED, EVEN_V
     )
     if WRITE:
         if WIDEN and e_rows.dtype == tl.bfloat16:
@@ -144,7 +142,7 @@ def _softcap_head_kernel(
         e_rows.store([first_n, first_v], e.to(e_rows.dtype))
     v += HALF
     more, higher, e = _softcap_share(
-        right, bias_ptr, v, vocabulary, lse, edge, c1, c3, c5, s2, s4, KIND, HAS_BIAS, WRITE, SHIFTED, EVEN_V
+        right, bias_ptr, v, vocabulary, lse, edge, c1, c3, c5, s2, s4, KIND, WRITE, SHIFTED, EVEN_V
     )
     if WRITE:
         if WIDEN and e_rows.dtype == tl.bfloat16:
@@ -189,7 +187,6 @@ def _softcap_target_kernel(
     s2,
     s4,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SHIFTED: tl.constexpr,
     SUMMED: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -212,8 +209,7 @@ def _softcap_target_kernel(
         w = tl.load(weight_ptr + (target.to(tl.int64) * weight_stride)[:, None] + d[None, :], mask=inside, other=0.0)
         dot += x.to(tl.float32) * w.to(tl.float32)
     logit = tl.sum(dot, axis=1)
-    if HAS_BIAS:
-        logit += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
+    logit += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
     capped, slope = _softcap_curve(logit, edge, c1, c3, c5, s2, s4, KIND, GRADIENT)
     if SUMMED:
         k = tl.arange(0, BLOCK_K)
@@ -384,7 +380,8 @@ class _SoftcapHead:
     ) -> None:
         self.x_ND = _softcap_aligned(x_ND.detach())
         self.weight_VD = _softcap_aligned(weight_VD.detach().to(x_ND.dtype))
-        self.bias_V = None if bias_V is None else bias_V.detach().contiguous()
+        # Zeros where there is none: ptxas spills a few registers of the kernel without a bias, none of that with one.
+        self.bias_V = self.weight_VD.new_zeros(weight_VD.shape[0]) if bias_V is None else bias_V.detach().contiguous()
         self.targets_N = targets_N
         self.shifted = kind == "none" or cap / temperature > _SOFTCAP_UNSHIFTED_NATS
         scale = _LOG2_E / temperature
@@ -432,7 +429,6 @@ class _SoftcapHead:
             self.tiles,
             *self.curve,
             KIND=self.kind,
-            HAS_BIAS=self.bias_V is not None,
             WRITE=e_nV is not None,
             SHIFTED=self.shifted,
             BLOCK_N=self.block_N,
@@ -479,7 +475,6 @@ class _SoftcapHead:
             z_weight,
             *self.curve,
             KIND=self.kind,
-            HAS_BIAS=self.bias_V is not None,
             SHIFTED=self.shifted,
             SUMMED=sums_nK is not None,
             GRADIENT=gradient is not None,

@@ -105,6 +105,17 @@ def test_huge_logits_stay_finite(kernel_device, kind, scale):
         assert all(torch.isfinite(t).all() for t in found)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_shows(kernel_device, kind):
+    inputs, targets = make_inputs(kernel_device, rows=8)
+    inputs[0][3, 1] = float("nan")
+    loss, dx, *_ = loss_and_gradients(softcap_xent_triton, inputs, targets, cap=15.0, kind=kind)
+    assert loss.isnan()
+    assert dx[3].isnan().all()
+    nll = softcap_nll_triton(*inputs, targets, cap=15.0, kind=kind)
+    assert nll.isnan().tolist() == [row == 3 for row in range(8)]
+
+
 def test_poisoned_memory_is_never_read(kernel_device, monkeypatch):
     """Every buffer the form asks for is filled with NaN first: what it does not write itself would show."""
     inputs, targets = make_inputs(kernel_device, rows=37, vocabulary=45, width=9)
