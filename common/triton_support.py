@@ -48,7 +48,9 @@ def triton_obstacle(device: torch.device) -> str:
     if triton is None:
         return "triton is not installed"
     if device.type != "cuda":
-        return "" if triton.knobs.runtime.interpret else f"device is {device.type}, not cuda"
+        from triton import knobs
+
+        return "" if knobs.runtime.interpret else f"device is {device.type}, not cuda"
     major, minor = torch.cuda.get_device_capability(device)
     return "" if major >= 8 else f"the GPU has compute capability {major}.{minor}; at least 8.0 is needed"
 
