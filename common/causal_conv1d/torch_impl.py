@@ -40,24 +40,8 @@ def causal_conv1d_torch(
     rounded to it once. The final state is a copy of inputs, exact, in the dtype of x. One backward pass is supported,
     not the derivative of it.
     """
-    if x_BTD.dim() != 3 or weight_DK.dim() != 2 or x_BTD.shape[2] != weight_DK.shape[0]:
-        raise ValueError(
-            f"causal_conv1d: x is {tuple(x_BTD.shape)} and weight {tuple(weight_DK.shape)}; expected (B,T,D) and (D,K)"
-        )
-    batch, length, channels = x_BTD.shape
-    carried = weight_DK.shape[1] - 1
-    expected = {
-        "bias": (bias_D, (channels,)),
-        "initial_state": (initial_state_BDS, (batch, channels, carried)),
-        "document_ids": (document_ids_BT, (batch, length)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"causal_conv1d: {name} is {tuple(tensor.shape)}, expected {shape}")
-    if length < 1 or carried < 0:
-        raise ValueError(f"causal_conv1d: {length} positions and {carried + 1} taps, expected at least 1 of both")
-    if activation not in ("silu", None):
-        raise ValueError(f"causal_conv1d: activation is {activation!r}, expected 'silu' or None")
+    conv1d_check_arguments(x_BTD, weight_DK, bias_D, initial_state_BDS, document_ids_BT, activation)
+    length, carried = x_BTD.shape[1], weight_DK.shape[1] - 1
     acc_dtype = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
 
     # From here on the carried inputs are simply earlier positions.
@@ -80,6 +64,35 @@ def causal_conv1d_torch(
     if run_Bt is not None:
         last_BSD = last_BSD * (run_Bt[:, length:] == run_Bt[:, -1:])[..., None]
     return y_BTD, last_BSD.transpose(1, 2)
+
+
+def conv1d_check_arguments(
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    initial_state_BDS: Tensor | None,
+    document_ids_BT: Tensor | None,
+    activation: str | None,
+) -> None:
+    """Raise ValueError for the first argument that does not fit x and the weight."""
+    if x_BTD.dim() != 3 or weight_DK.dim() != 2 or x_BTD.shape[2] != weight_DK.shape[0]:
+        raise ValueError(
+            f"causal_conv1d: x is {tuple(x_BTD.shape)} and weight {tuple(weight_DK.shape)}; expected (B,T,D) and (D,K)"
+        )
+    batch, length, channels = x_BTD.shape
+    carried = weight_DK.shape[1] - 1
+    expected = {
+        "bias": (bias_D, (channels,)),
+        "initial_state": (initial_state_BDS, (batch, channels, carried)),
+        "document_ids": (document_ids_BT, (batch, length)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"causal_conv1d: {name} is {tuple(tensor.shape)}, expected {shape}")
+    if length < 1 or carried < 0:
+        raise ValueError(f"causal_conv1d: {length} positions and {carried + 1} taps, expected at least 1 of both")
+    if activation not in ("silu", None):
+        raise ValueError(f"causal_conv1d: activation is {activation!r}, expected 'silu' or None")
 
 
 def _conv1d_same_document(run_Bt: Tensor | None, shift: int, carried: int) -> Tensor | None:

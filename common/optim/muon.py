@@ -5,7 +5,8 @@ Letters: B matrices of one shape, M rows, N columns, S the shorter side, L the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,9 +57,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, for matrices.
 
     Source: Jordan et al. 2024, "Muon"; optional row normalisation and row blocks as in the seed recipe. Ours
-    batches matrices of one shape in one product, and every rank orthogonalises its share of them: the results are
-    exchanged by one all-gather, so parameters and momentum stay equal on all ranks, and a state dict saved by one
-    restores all.
+    batches matrices of one pair of sides, lying or standing, in one product, and every rank orthogonalises its share of
+    them: the results of a batch are exchanged by one all-gather, while the next batch is computed, so parameters and
+    momentum stay equal on all ranks, and a state dict saved by one restores all.
 
     Per matrix: m <- momentum * m + g;  u = g + momentum * m (Nesterov) or m;  o = newton_schulz(u), block by block of
     `row_splits`;  p <- p * (1 - lr * weight_decay) - lr * max(1, rows/columns)^0.5 * o, rows and columns those of the
@@ -68,7 +69,8 @@ class Muon(torch.optim.Optimizer):
         params: 2-D parameters or groups of them, equal and in equal order on all ranks; gradients must already be
             averaged.
         lr: learning rate, a change of the entries' scale per step, >= 0.
-        momentum: in [0, 1).
+        momentum: in [0, 1). Between steps, lr and momentum of a group may be replaced by scalar tensors on the device,
+            which a captured CUDA graph reads anew at every replay.
         nesterov: look one step ahead.
         steps: Newton-Schulz iterations, >= 0.
         weight_decay: decoupled decay, times lr, >= 0.
@@ -76,6 +78,8 @@ class Muon(torch.optim.Optimizer):
             up to the rows of every matrix of the group. None for whole matrices.
         normalize_rows: divide each row of the momentum's result by its root mean square before Newton-Schulz.
         dtype: of the Newton-Schulz products; None as in `newton_schulz_torch`. Not a group key.
+        process_group: the ranks that share the work; None for all. Not a group key.
+        newton_schulz: what orthogonalises a batch; `newton_schulz_torch` or another form of it. Not a group key.
     Raises:
         ValueError: an option out of range, a parameter that is not a matrix, or row_splits that do not add up.
 
@@ -96,6 +100,7 @@ class Muon(torch.optim.Optimizer):
         normalize_rows: bool = False,
         dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
+        newton_schulz: Callable[..., Tensor] = newton_schulz_torch,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -108,6 +113,7 @@ class Muon(torch.optim.Optimizer):
         }
         self._dtype = dtype
         self._process_group = process_group
+        self._newton_schulz = newton_schulz
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -141,8 +147,8 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Blocks of one shape and number of iterations are one batch, across groups.
-        batches: dict[tuple, list[tuple[Tensor, Tensor, float]]] = {}
+        # Blocks of one pair of sides and number of iterations are one batch, across groups.
+        batches: dict[tuple, list[tuple[Tensor, Tensor, float | Tensor]]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -154,43 +160,104 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 buffers.append(state["momentum"])
             grads = [p.grad for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
+            momentum = group["momentum"]
+            torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads)
-            updates = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+            updates = buffers
+            if group["nesterov"] and isinstance(momentum, Tensor):  # alpha= would wait for its value
+                updates = torch._foreach_mul(buffers, momentum)
+                torch._foreach_add_(updates, grads)
+            elif group["nesterov"]:
+                updates = torch._foreach_add(grads, buffers, alpha=momentum)
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
             for p, update in zip(params, updates, strict=True):
                 splits = group["row_splits"] or (p.shape[0],)
                 for target, block in zip(p.split(splits), update.split(splits), strict=True):
-                    key = (tuple(block.shape), group["steps"], group["normalize_rows"], p.dtype, p.device)
+                    sides = tuple(sorted(block.shape))
+                    key = (sides, group["steps"], group["normalize_rows"], p.dtype, p.device)
                     batches.setdefault(key, []).append((target, block, group["lr"]))
         self._apply(batches)
         return loss
 
-    def _apply(self, batches: dict[tuple, list[tuple[Tensor, Tensor, float]]]) -> None:
+    def _apply(self, batches: dict[tuple, list[tuple[Tensor, Tensor, float | Tensor]]]) -> None:
         """Orthogonalise this rank's share of every batch, exchange the shares and take the step."""
         ranks, rank = 1, 0
         if dist.is_available() and dist.is_initialized():
             ranks, rank = dist.get_world_size(self._process_group), dist.get_rank(self._process_group)
-        for (shape, steps, normalize_rows, _, _), entries in batches.items():
+        # The heaviest batch first: each exchange runs beside the next batch's products, the last beside nothing.
+        ordered = sorted(batches.items(), key=lambda item: -len(item[1]) * item[0][0][0] ** 2 * item[0][0][1])
+        first_rank, before = 0, None
+        for ((short, long), steps, normalize_rows, dtype, _), entries in ordered:
             share = -(-len(entries) // ranks)
-            own = entries[rank * share : (rank + 1) * share]
-            done = entries[0][1].new_empty(0, *shape)
-            if own:
-                block_BMN = torch.stack([block for _, block, _ in own])
-                if normalize_rows:
-                    block_BMN = block_BMN * torch.rsqrt(block_BMN.square().mean(dim=2, keepdim=True) + 1e-20)
-                done = newton_schulz_torch(block_BMN, steps, dtype=self._dtype)
+            # Ranks without a share of one batch come first in the next.
+            own = (rank - first_rank) % ranks
+            blocks = [block for _, block, _ in entries[own * share : (own + 1) * share]]
+            done_BSL = entries[0][1].new_empty(0, short, long)
+            if blocks:
+                done_BSL = self._orthogonal(blocks, steps, normalize_rows)
+            exchange = None
             if ranks > 1:
-                done = self._gather(done, share, ranks)
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for (target, _, lr), update in zip(entries, done, strict=False):
-                target.add_(update, alpha=-lr * scale)
+                done_BSL, exchange = self._gather(done_BSL, share, ranks, first_rank)
+            if before is not None:
+                self._take_step(*before)
+            before = (entries, done_BSL, exchange, dtype)
+            first_rank = (first_rank + -(-len(entries) // share)) % ranks
+        if before is not None:
+            self._take_step(*before)
 
-    def _gather(self, done: Tensor, share: int, ranks: int) -> Tensor:
-        """Concatenate the shares of all ranks, of which the last ones may be short or empty."""
-        own = done.new_zeros(share, *done.shape[1:])
-        own[: done.shape[0]] = done
-        every = done.new_empty(ranks * share, *done.shape[1:])
-        dist.all_gather_into_tensor(every, own, group=self._process_group)
-        return every
+    def _orthogonal(self, blocks: list[Tensor], steps: int, normalize_rows: bool) -> Tensor:
+        """Orthogonal forms of blocks of one pair of sides, in their order, all lying."""
+        parts: list[Tensor] = [blocks[0]] * len(blocks)
+        for tall in (False, True):
+            places = [k for k, block in enumerate(blocks) if (block.shape[0] > block.shape[1]) == tall]
+            if not places:
+                continue
+            block_BMN = torch.stack([blocks[k] for k in places])
+            if normalize_rows:
+                block_BMN = block_BMN * torch.rsqrt(block_BMN.square().mean(dim=2, keepdim=True) + 1e-20)
+            block_BSL = block_BMN.mT if tall else block_BMN
+            if len(places) == len(blocks):
+                return self._newton_schulz(block_BSL, steps, dtype=self._dtype)
+            for k, block in zip(places, block_BSL, strict=True):
+                parts[k] = block
+        return self._newton_schulz(torch.stack(parts), steps, dtype=self._dtype)
+
+    def _gather(self, done_BSL: Tensor, share: int, ranks: int, first_rank: int) -> tuple[Tensor, Any]:
+        """Start to collect the shares of all ranks, the first from `first_rank`; the last ones may be short or empty.
+
+        Returns: room for all shares in order, filled once the second result has been waited for.
+        """
+        # What was computed in bfloat16 travels as bfloat16: nothing is lost.
+        bf16 = self._dtype == torch.bfloat16 or (self._dtype is None and done_BSL.is_cuda)
+        own = done_BSL.new_zeros(share, *done_BSL.shape[1:], dtype=torch.bfloat16 if bf16 else done_BSL.dtype)
+        own[: done_BSL.shape[0]] = done_BSL
+        every = own.new_empty(ranks * share, *done_BSL.shape[1:])
+        work = dist.all_gather_into_tensor(every, own, group=self._process_group, async_op=True)
+        order = [(first_rank + k) % ranks for k in range(ranks)]
+        return every, (work, order, share)
+
+    def _take_step(
+        self, entries: list[tuple[Tensor, Tensor, float | Tensor]], done_BSL: Tensor, exchange: Any, dtype: torch.dtype
+    ) -> None:
+        """Add a batch's results to its parameters, after they have arrived."""
+        order, share = [0], len(entries)
+        if exchange is not None:
+            work, order, share = exchange
+            work.wait()
+        done_BSL = done_BSL.to(dtype)
+        by_change: dict[tuple, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
+        for k, (target, _, lr) in enumerate(entries):
+            rows, columns = target.shape
+            update = done_BSL[order[k // share] * share + k % share]
+            scale = max(1.0, rows / columns) ** 0.5
+            key = (id(lr) if isinstance(lr, Tensor) else lr, scale)
+            if key not in by_change:
+                by_change[key] = (-lr * scale, [], [])
+            by_change[key][1].append(target)
+            by_change[key][2].append(update.mT if rows > columns else update)
+        for change, targets, updates in by_change.values():
+            if isinstance(change, Tensor):  # alpha= would wait for its value
+                torch._foreach_add_(targets, torch._foreach_mul(updates, change))
+            else:
+                torch._foreach_add_(targets, updates, alpha=change)

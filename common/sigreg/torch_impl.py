@@ -88,12 +88,17 @@ def sigreg_torch(
     keeps only z and the K averages, and runs over the knots again. One backward pass is supported, not the derivative
     of it.
     """
-    if z.dim() != (3 if per_timestep else 2) or A_DM.dim() != 2 or z.shape[-1] != A_DM.shape[0] or z.shape[0] < 1:
-        form = "(N,T,D)" if per_timestep else "(N,D)"
-        raise ValueError(f"sigreg: z is {tuple(z.shape)} and A {tuple(A_DM.shape)}; expected {form} and (D,M)")
+    sigreg_check_arguments(z, A_DM, per_timestep)
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     z_NTD = z if per_timestep else z[:, None]
     return _Sigreg.apply(z_NTD, A_DM.detach().to(acc), knots, process_group)
+
+
+def sigreg_check_arguments(z: Tensor, A_DM: Tensor, per_timestep: bool) -> None:
+    """Raises ValueError for shapes that do not fit together."""
+    if z.dim() != (3 if per_timestep else 2) or A_DM.dim() != 2 or z.shape[-1] != A_DM.shape[0] or z.shape[0] < 1:
+        form = "(N,T,D)" if per_timestep else "(N,D)"
+        raise ValueError(f"sigreg: z is {tuple(z.shape)} and A {tuple(A_DM.shape)}; expected {form} and (D,M)")
 
 
 def _sigreg_blocks(samples: int, positions: int, width: int, is_cuda: bool) -> list[tuple[slice, slice]]:
@@ -106,6 +111,11 @@ def _sigreg_blocks(samples: int, positions: int, width: int, is_cuda: bool) -> l
         for n in range(0, samples, rows)
         for t in range(0, positions, columns)
     ]
+
+
+def _sigreg_constants(values: list[float], like: Tensor) -> Tensor:
+    """Numbers as a vector, written by the device itself: a copy from the host could not be captured in a CUDA graph."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 class _SigregRotation:
@@ -150,9 +160,8 @@ class _Sigreg(torch.autograd.Function):
                 dist.all_reduce(buffer, group=process_group)
         count = buffer[-1].clone()
         buffer /= count
-        cos_KTM -= torch.tensor(phi_K, dtype=acc, device=z_NTD.device)[:, None, None]
-        weight_K11 = torch.tensor(weight_K, dtype=acc, device=z_NTD.device)[:, None, None]
-        error_KTM = weight_K11 * (cos_KTM * cos_KTM + sin_KTM * sin_KTM)
+        cos_KTM -= _sigreg_constants(phi_K, buffer)[:, None, None]
+        error_KTM = _sigreg_constants(weight_K, buffer)[:, None, None] * (cos_KTM * cos_KTM + sin_KTM * sin_KTM)
         ctx.save_for_backward(z_NTD, A_DM, cos_KTM, sin_KTM, count)
         ctx.ranks = ranks
         return error_KTM.sum() / (positions * projections)
@@ -168,9 +177,7 @@ class _Sigreg(torch.autograd.Function):
         # d loss / d p = sum_k 2 w_k t_k / (T M n) * (sin error * cos(t p) - cos error * sin(t p)); times the ranks,
         # because the caller averages over them what belongs to one sum.
         scale = dloss * (2.0 * ctx.ranks / (positions * projections)) / count
-        slope_K = scale * torch.tensor(
-            [w * t for w, t in zip(weight_K, t_K, strict=True)], dtype=acc, device=z_NTD.device
-        )
+        slope_K = scale * _sigreg_constants([w * t for w, t in zip(weight_K, t_K, strict=True)], A_DM)
         by_cos_KTM = sin_KTM * slope_K[:, None, None]
         by_sin_KTM = cos_KTM * slope_K[:, None, None]
         dz_NTD = torch.empty_like(z_NTD)

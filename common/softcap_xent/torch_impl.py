@@ -76,8 +76,8 @@ def softcap_xent_torch(
     of x on CUDA (the weight is rounded to it) and in float32 on a CPU; the weight's gradient is summed over the pieces
     in float32. Memory beyond the arguments: chunk_tokens * V * about 5 numbers, and the three gradients.
     """
-    _softcap_check(cap, kind)
-    rows_each = _softcap_rows(x_ND, weight_VD, bias_V, targets_N, chunk_tokens)
+    softcap_check_arguments(x_ND, weight_VD, bias_V, targets_N, cap, kind, chunk_tokens)
+    rows_each = chunk_tokens or max(1, (2**26 if x_ND.is_cuda else 2**19) // weight_VD.shape[0])
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x_ND, weight_VD, bias_V)
     )
@@ -108,8 +108,8 @@ def softcap_nll_torch(
 
     Numerics: as `softcap_xent_torch`.
     """
-    _softcap_check(cap, kind)
-    rows_each = _softcap_rows(x_ND, weight_VD, bias_V, targets_N, chunk_tokens)
+    softcap_check_arguments(x_ND, weight_VD, bias_V, targets_N, cap, kind, chunk_tokens)
+    rows_each = chunk_tokens or max(1, (2**26 if x_ND.is_cuda else 2**19) // weight_VD.shape[0])
     if not temperature > 0:
         raise ValueError(f"softcap_nll: temperature is {temperature}, expected a positive number")
     acc, product = _softcap_dtypes(x_ND)
@@ -132,8 +132,17 @@ def _softcap_check(cap: float, kind: str) -> None:
         raise ValueError(f"softcap: cap is {cap}, expected a positive number (or kind 'none')")
 
 
-def _softcap_rows(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_tokens: int | None) -> int:
-    """Check the shapes and return the rows of one piece."""
+def softcap_check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cap: float,
+    kind: str,
+    chunk_tokens: int | None,
+) -> None:
+    """Raises ValueError for what no form of the fused loss can take: kinds, caps, shapes, chunk_tokens."""
+    _softcap_check(cap, kind)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.shape[0] < 1:
         raise ValueError(
             f"softcap: x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (N,D), N >= 1, and (V,D)"
@@ -142,11 +151,8 @@ def _softcap_rows(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
         raise ValueError(f"softcap: bias is {tuple(bias.shape)}, expected {(weight.shape[0],)}")
     if tuple(targets.shape) != (x.shape[0],):
         raise ValueError(f"softcap: targets are {tuple(targets.shape)}, expected {(x.shape[0],)}")
-    if chunk_tokens is None:
-        return max(1, (2**26 if x.is_cuda else 2**19) // weight.shape[0])
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"softcap: chunk_tokens is {chunk_tokens}, expected at least 1")
-    return chunk_tokens
 
 
 def _softcap_dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:

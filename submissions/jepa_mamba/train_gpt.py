@@ -50,27 +50,37 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.artifact.budget import CHALLENGE_BUDGET_BYTES, SizeReport, check_budget, format_size_table
 from common.artifact.container import load_artifact, save_artifact
 from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
+from common.causal_conv1d.triton_impl import causal_conv1d_triton
 from common.errors import CheckpointError, ConfigError, GolfError, ShardError, TokenizerError
 from common.files import write_atomically
-from common.optim.muon import Muon
+from common.gated_norm.torch_impl import gated_rms_norm_torch
+from common.gated_norm.triton_impl import gated_rms_norm_triton
+from common.optim.muon import Muon, newton_schulz_torch
+from common.optim.triton_impl import newton_schulz_triton
 from common.quant.grid import GridSpec, QuantizedTensor
 from common.quant.torch_impl import fake_quantize_torch, quantize_torch
+from common.quant.triton_impl import FakeQuantizeAll
+from common.relu2_ffn.torch_impl import relu2_ffn_torch
+from common.relu2_ffn.triton_impl import relu2_ffn_triton
+from common.rms_norm import rms_norm_torch
 from common.sigreg.torch_impl import sigreg_floor, sigreg_torch
+from common.sigreg.triton_impl import sigreg_triton
 from common.softcap_xent.torch_impl import softcap_nll_torch, softcap_torch, softcap_xent_torch
+from common.softcap_xent.triton_impl import softcap_nll_triton, softcap_xent_triton
 from common.ssd.mamba_ssm_impl import ssd_scan_mamba_ssm
 from common.ssd.torch_impl import ssd_scan_torch
+from common.ssd.triton_impl import ssd_scan_triton
 from common.text.bpb import ByteTable, bits_per_byte, byte_table, token_bytes
 from common.text.loader import TokenLoader
 from common.text.shards import list_shards, open_shard
 from common.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
+from common.triton_support import triton_obstacle
 
 Tokenizer = ByteTokenizer | SentencePieceTokenizer
 
@@ -97,9 +107,12 @@ class Config:
     seed: int = option(42, "seed of initialisation, data order and every random draw")
     device: str = option("auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
     kernels: str = option(
-        "auto", "scan and convolution: auto takes mamba_ssm on CUDA if installed", ("auto", "torch", "mamba_ssm")
+        "auto",
+        "triton: ours; mamba_ssm: packages for scan and convolution; torch: plain. auto: triton on CUDA if it can run",
+        ("auto", "triton", "mamba_ssm", "torch"),
     )
     compile_model: bool = option(False, "torch.compile the loss; the warmup steps pay for compilation")
+    cuda_graphs: bool = option(False, "capture the whole step in a CUDA graph and replay it")
     budget_bytes: int = option(CHALLENGE_BUDGET_BYTES, "code + artifact may not exceed this; 0: no limit")
     # Data
     tokenizer: str = option("bpe", "byte: 256 byte values; bpe: a SentencePiece model", ("byte", "bpe"))
@@ -230,7 +243,8 @@ SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride")
 # What may differ between a run and its resumption.
 RESUME_FREE_FIELDS = frozenset(
     {
-        *("runs_dir", "device", "kernels", "compile_model", "data_path", "tokenizer_path", "micro_batch_tokens"),
+        *("runs_dir", "device", "kernels", "compile_model", "cuda_graphs", "data_path", "tokenizer_path"),
+        "micro_batch_tokens",
         *("val_batch_size", "train_log_every", "checkpoint_every", "checkpoint_keep", "eval_lanes", "warmup_steps"),
     }
 )
@@ -442,30 +456,75 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
 
 
 class Kernels(NamedTuple):
-    """The implementations that a run uses, chosen once and written to the log."""
+    """The implementations that a run uses, chosen once and written to the log; each by its contract in `common`."""
 
-    ssd_scan: Callable[..., tuple[Tensor, Tensor]]
-    causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     name: str
     reason: str
+    ssd_scan: Callable[..., tuple[Tensor, Tensor]]
+    causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
+    gated_rms_norm: Callable[..., Tensor]
+    relu2_ffn: Callable[..., Tensor]
+    softcap_xent: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    softcap_nll: Callable[..., Tensor]
+    sigreg: Callable[..., Tensor]
+    newton_schulz: Callable[..., Tensor]
+    quantize_at_once: bool  # all compute weights from all masters in one launch
 
 
 def select_kernels(choice: str, device: torch.device) -> Kernels:
     """`--kernels` -> implementations. Raises ConfigError when an explicit choice cannot be had."""
-    plain = (ssd_scan_torch, causal_conv1d_torch, "torch")
+    torch_forms = Kernels(
+        name="torch",
+        reason="asked for",
+        ssd_scan=ssd_scan_torch,
+        causal_conv1d=causal_conv1d_torch,
+        gated_rms_norm=gated_rms_norm_torch,
+        relu2_ffn=relu2_ffn_torch,
+        softcap_xent=softcap_xent_torch,
+        softcap_nll=softcap_nll_torch,
+        sigreg=sigreg_torch,
+        newton_schulz=newton_schulz_torch,
+        quantize_at_once=False,
+    )
+    package_forms = torch_forms._replace(
+        name="mamba_ssm", ssd_scan=ssd_scan_mamba_ssm, causal_conv1d=causal_conv1d_package
+    )
+    triton_forms = Kernels(
+        name="triton",
+        reason="asked for",
+        ssd_scan=ssd_scan_triton,
+        causal_conv1d=causal_conv1d_triton,
+        gated_rms_norm=gated_rms_norm_triton,
+        relu2_ffn=relu2_ffn_triton,
+        softcap_xent=softcap_xent_triton,
+        softcap_nll=softcap_nll_triton,
+        sigreg=sigreg_triton,
+        newton_schulz=newton_schulz_triton,
+        quantize_at_once=True,
+    )
     missing = [m for m in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(m) is None]
+    on_cuda = "" if device.type == "cuda" else f"device is {device.type}, not cuda"
+    no_packages = f"{', '.join(missing)} not installed" if missing else on_cuda
+    no_triton = triton_obstacle(device)
     if choice == "torch":
-        return Kernels(*plain, reason="asked for")
-    if choice == "mamba_ssm" and (missing or device.type != "cuda"):
-        lacks = f"{', '.join(missing)} not installed" if missing else f"device is {device.type}, not cuda"
-        raise ConfigError(
-            f"--kernels mamba_ssm: {lacks}; install the `gpu` extra on a CUDA machine or use --kernels torch"
-        )
-    if choice == "auto" and device.type != "cuda":
-        return Kernels(*plain, reason=f"device is {device.type}")
-    if choice == "auto" and missing:
-        return Kernels(*plain, reason=f"{', '.join(missing)} not installed")
-    return Kernels(ssd_scan_mamba_ssm, causal_conv1d_package, "mamba_ssm", reason="CUDA device, packages installed")
+        return torch_forms
+    if choice == "triton":
+        if no_triton:
+            raise ConfigError(f"--kernels triton: {no_triton}; run on a CUDA machine or use --kernels torch")
+        return triton_forms
+    if choice == "mamba_ssm":
+        if no_packages:
+            raise ConfigError(
+                f"--kernels mamba_ssm: {no_packages}; install the `gpu` extra on a CUDA machine or use --kernels torch"
+            )
+        return package_forms
+    if on_cuda:
+        return torch_forms._replace(reason=f"auto: {on_cuda}")
+    if not no_triton:
+        return triton_forms._replace(reason=f"auto: {torch.cuda.get_device_name(device)} can run them")
+    if not no_packages:
+        return package_forms._replace(reason=f"auto: packages installed, but {no_triton}")
+    return torch_forms._replace(reason=f"auto: {no_triton}, and {no_packages}")
 
 
 class LayerState(NamedTuple):
@@ -560,8 +619,9 @@ class Mamba2(nn.Module):
             document_ids_BT=documents.now_BT if documents else None,
             chunk_size=self.chunk_size,
         )
-        gated_BTI = y_BTHP.reshape(batch, time_, self.inner) * F.silu(z_BTI)
-        normed_BTI = F.rms_norm(gated_BTI, (self.inner,), self.norm_weight.to(u_BTD.dtype), eps=1e-5)
+        normed_BTI = self.kernels.gated_rms_norm(
+            y_BTHP.reshape(batch, time_, self.inner), z_BTI, self.norm_weight, eps=1e-5
+        )
         return self.out_proj(normed_BTI), LayerState(conv_state_BCS, scan_state_BHPN)
 
 
@@ -612,8 +672,8 @@ class CausalAttention(nn.Module):
             part.view(batch, time_, self.heads, self.headdim).transpose(1, 2)
             for part in self.qkv_proj(u_BTD).chunk(3, dim=-1)
         )
-        q_BHTP = F.rms_norm(q_BHTP, (self.headdim,))
-        k_BHTP = F.rms_norm(k_BHTP, (self.headdim,))
+        eps = torch.finfo(torch.float32).eps
+        q_BHTP, k_BHTP = rms_norm_torch(q_BHTP, eps), rms_norm_torch(k_BHTP, eps)
         past = state.first.shape[2] if state else 0
         if state:
             k_BHTP = torch.cat([state.first, k_BHTP], dim=2)
@@ -639,22 +699,20 @@ class CausalAttention(nn.Module):
 class FeedForward(nn.Module):
     """Per-position network with an RMSNorm before its last matrix: ReLU^2, LeakyReLU(0.5)^2 or SwiGLU."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
         hidden = config.mlp_mult * config.model_dim
-        self.activation = config.activation
+        self.activation, self.kernels = config.activation, kernels
         self.up = nn.Linear(config.model_dim, hidden * (2 if self.activation == "swiglu" else 1), bias=False)
         self.down = nn.Linear(hidden, config.model_dim, bias=False)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        up = self.up(x_BTD)
-        if self.activation == "swiglu":
-            gate, value = up.chunk(2, dim=-1)
-            hidden = F.silu(gate) * value
-        else:
-            hidden = F.leaky_relu(up, 0.5 if self.activation == "leaky_relu2" else 0.0).square()
-        return self.down(F.rms_norm(hidden, (hidden.shape[-1],), eps=1e-6))
+        if self.activation != "swiglu":
+            slope = 0.5 if self.activation == "leaky_relu2" else 0.0
+            return self.kernels.relu2_ffn(x_BTD, self.up.weight, self.down.weight, negative_slope=slope, eps=1e-6)
+        gate, value = self.up(x_BTD).chunk(2, dim=-1)
+        return self.down(rms_norm_torch(F.silu(gate) * value, 1e-6))
 
 
 class Block(nn.Module):
@@ -667,7 +725,7 @@ class Block(nn.Module):
         self.mixer = CausalAttention(config) if index in config.attention_blocks() else Mamba2(config, kernels)
         self.mixer_scale = nn.Parameter(ones_D.clone())
         has_mlp = config.mlp_mult > 0 and config.mlp_every > 0 and index % config.mlp_every == 0
-        self.mlp = FeedForward(config) if has_mlp else None
+        self.mlp = FeedForward(config, kernels) if has_mlp else None
         self.mlp_scale = nn.Parameter(ones_D.clone()) if has_mlp else None
 
     def forward(
@@ -676,10 +734,10 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             mix_2D = self.resid_mix.to(x_BTD.dtype)
             x_BTD = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
-        mixed_BTD, new_state = self.mixer(F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6), documents, state)
+        mixed_BTD, new_state = self.mixer(rms_norm_torch(x_BTD, 1e-6), documents, state)
         x_BTD = torch.addcmul(x_BTD, self.mixer_scale.to(x_BTD.dtype), mixed_BTD)
         if self.mlp is not None and self.mlp_scale is not None:
-            fed_BTD = self.mlp(F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6))
+            fed_BTD = self.mlp(rms_norm_torch(x_BTD, 1e-6))
             x_BTD = torch.addcmul(x_BTD, self.mlp_scale.to(x_BTD.dtype), fed_BTD)
         return x_BTD, new_state
 
@@ -696,6 +754,7 @@ class LanguageModel(nn.Module):
         self.embed_proj = nn.Linear(c.effective_embed_dim, c.model_dim, bias=False) if factored else None
         reverse = factored and c.tie_embeddings in (1, 2)
         self.embed_proj_rev = nn.Linear(c.model_dim, c.effective_embed_dim, bias=False) if reverse else None
+        self.kernels = kernels
         self.encoder_layers = c.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, c.model_dim)) if c.unet_skips else None
         self.blocks = nn.ModuleList(Block(c, i, kernels) for i in range(c.num_layers))
@@ -724,7 +783,7 @@ class LanguageModel(nn.Module):
         x_BTD = self.token_embed(ids_BT)
         if self.embed_proj is not None:
             x_BTD = self.embed_proj(x_BTD)
-        x_BTD = x0_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-12)  # embeddings are small: eps must not show
+        x_BTD = x0_BTD = rms_norm_torch(x_BTD, 1e-12)  # embeddings are small: eps must not show
         skips: list[Tensor] = []
         layers: list[LayerState] = []
         for i, block in enumerate(self.blocks):
@@ -741,7 +800,7 @@ class LanguageModel(nn.Module):
             remembered = torch.cat([ids for ids in seen if ids is not None], dim=1)[
                 :, -max(self.config.window - 1, 1) :
             ]
-        return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6), StreamState(tuple(layers), remembered)
+        return rms_norm_torch(x_BTD, 1e-6), StreamState(tuple(layers), remembered)
 
     def head(self, h_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states -> (rows (N, E), weight (V, E), bias (V) or None): raw logits are rows @ weight.T + bias."""
@@ -764,7 +823,7 @@ class LanguageModel(nn.Module):
     def nll(self, h_BTD: Tensor, y_BT: Tensor, temperature: float) -> Tensor:
         """Negative log-likelihood (B, T) float32 in nats of targets y under softmax(softcap(logits) / temperature)."""
         rows, weight, bias = self.head(h_BTD)
-        nll_N = softcap_nll_torch(
+        nll_N = self.kernels.softcap_nll(
             rows,
             weight,
             bias,
@@ -847,9 +906,17 @@ class TrainingModel(nn.Module):
         return torch.from_numpy(generator.integers(0, time_, count))
 
     def forward(
-        self, x_BT: Tensor, y_BT: Tensor, document_ids_BT: Tensor | None, sigreg_lambda: float, positions: Tensor | None
+        self,
+        x_BT: Tensor,
+        y_BT: Tensor,
+        document_ids_BT: Tensor | None,
+        sigreg_lambda: float | Tensor | None,
+        positions: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch and its detached parts (nats): jepa, sigreg, sigreg_excess (over its floor), ce."""
+        """Loss of one micro-batch and its detached parts (nats): jepa, sigreg, sigreg_excess (over its floor), ce.
+
+        sigreg_lambda is a scalar tensor where it changes between replays of one graph, and None to leave SIGReg out.
+        """
         c = self.config
         h_BTD, _ = self.lm.encode(x_BT, document_ids_BT)
         loss = h_BTD.new_zeros((), dtype=torch.float32)
@@ -860,11 +927,11 @@ class TrainingModel(nn.Module):
                 jepa = self.jepa.prediction_loss(z_BTD, c.jepa_steps, c.detach_targets)
                 loss = loss + c.jepa_weight * jepa
                 parts["jepa"] = jepa.detach()
-            if sigreg_lambda > 0:
+            if sigreg_lambda is not None:
                 per_timestep = c.sigreg_mode == "timestep"
                 z = z_BTD if positions is None else z_BTD[:, positions]
                 z = z if per_timestep else z.reshape(-1, z.shape[-1])
-                sigreg = sigreg_torch(
+                sigreg = self.lm.kernels.sigreg(
                     z, self.jepa.get_buffer("sigreg_A_DM"), knots=c.sigreg_knots, per_timestep=per_timestep
                 )
                 loss = loss + sigreg_lambda * sigreg
@@ -873,7 +940,7 @@ class TrainingModel(nn.Module):
                 parts["sigreg_excess"] = sigreg.detach() - sigreg_floor(samples, knots=c.sigreg_knots)
         if c.ce_weight > 0:
             rows, weight, bias = self.lm.head(h_BTD)
-            total, ce, z = softcap_xent_torch(
+            total, ce, z = self.lm.kernels.softcap_xent(
                 rows, weight, bias, y_BT.reshape(-1), cap=c.logit_softcap, kind=self.lm.softcap_kind, z_weight=c.z_loss
             )
             loss = loss + c.ce_weight * total
@@ -916,6 +983,8 @@ class Masters:
 
     def __init__(self, model: TrainingModel, config: Config, compute_dtype: torch.dtype) -> None:
         self.config = config
+        self.at_once = model.lm.kernels.quantize_at_once
+        self.publishers: dict[bool, FakeQuantizeAll] = {}
         self.compute: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.master: dict[str, nn.Parameter] = {}
         self.spec: dict[str, GridSpec] = {}
@@ -943,6 +1012,13 @@ class Masters:
     @torch.no_grad()
     def publish(self, on_grid: bool, source: Mapping[str, Tensor] | None = None) -> None:
         """Write the compute weights from the masters (or from `source`), on their grids or not."""
+        if self.at_once and source is None:
+            if on_grid not in self.publishers:
+                specs = [self.spec.get(name) if on_grid else None for name in self.compute]
+                weights = [parameter.data for parameter in self.compute.values()]
+                self.publishers[on_grid] = FakeQuantizeAll(list(self.master.values()), specs, weights)
+            self.publishers[on_grid]()
+            return
         for name, parameter in self.compute.items():
             values = (source or self.master).get(name, self.master[name])
             if on_grid and name in self.spec:
@@ -1011,6 +1087,7 @@ def build_optimizers(model: TrainingModel, masters: Masters, config: Config) -> 
         steps=c.muon_backend_steps,
         weight_decay=c.muon_wd,
         normalize_rows=True,
+        newton_schulz=model.lm.kernels.newton_schulz,
     )
     adam = {
         kind: torch.optim.AdamW(
@@ -1020,6 +1097,7 @@ def build_optimizers(model: TrainingModel, masters: Masters, config: Config) -> 
             eps=c.adam_eps,
             weight_decay=decay,
             fused=True,
+            capturable=c.cuda_graphs and model.lm.token_embed.weight.is_cuda,
         )
         for kind, lr, decay in (("embed", c.embed_lr, c.adam_wd), ("scalar", c.scalar_lr, 0.0))
     }
@@ -1623,6 +1701,8 @@ def save_checkpoint(
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 tensors[f"{kind}/{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+    from safetensors.torch import save_file  # not on top: a bench of steps needs no file format
+
     header = {"step": step, "elapsed_s": elapsed_s, "loader": loader_state, "config": asdict(folder.config)}
     path = folder.checkpoints / f"step_{step:08d}.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
@@ -1643,6 +1723,10 @@ def load_checkpoint(
     configuration.
     """
     found = sorted(folder.checkpoints.glob("step_*.safetensors"), reverse=True)
+    if not found:
+        return 0, 0.0, None
+    from safetensors import SafetensorError, safe_open
+
     for path in found:
         try:
             with safe_open(path, "pt") as file:
@@ -1669,11 +1753,9 @@ def load_checkpoint(
                     state_dict["state"][i] = state
             optimizer.load_state_dict(state_dict)
         return header["step"], header["elapsed_s"], header["loader"]
-    if found:
-        raise CheckpointError(
-            f"{folder.checkpoints}: all {len(found)} checkpoints are damaged; delete them to start over"
-        )
-    return 0, 0.0, None
+    raise CheckpointError(
+        f"{folder.checkpoints}: all {len(found)} checkpoints are damaged; delete them to start over"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1854,6 +1936,54 @@ def sigreg_lambda_at(at: Progress, config: Config) -> float:
     return config.sigreg_lambda * (min(at.fraction(config) / 0.3, 1.0) if config.sigreg_schedule else 1.0)
 
 
+class StepPlan(NamedTuple):
+    """What a step does, as far as it is not a number on the device: one CUDA graph serves one plan."""
+
+    on_grid: bool  # the compute weights for the next step lie on their grids
+    averaging: bool  # the moving average takes part
+    sigreg: bool
+
+
+class CapturedStep:
+    """A step that the device runs by itself: captured as a CUDA graph when its plan comes for the second time.
+
+    The first time runs eagerly, so that kernels compile, buffers and tables come to be, and nothing has to be undone.
+    What is returned by a replay is overwritten by the next one. Other threads may go on copying batches meanwhile.
+    """
+
+    def __init__(self, work: Callable[..., dict[str, Tensor]]) -> None:
+        self.work = work
+        self.met: set[Any] = set()
+        self.graphs: dict[Any, tuple[Any, list[Tensor | None], dict[str, Tensor]]] = {}
+
+    def __call__(self, plan: StepPlan, inputs: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        key = (plan, *(None if t is None else (tuple(t.shape), t.dtype) for t in inputs))
+        if key not in self.met:
+            self.met.add(key)
+            return self.work(plan, *inputs)
+        if key not in self.graphs:
+            static = [None if t is None else t.clone() for t in inputs]
+            self.graphs[key] = self.record(plan, static)
+        graph, static, outputs = self.graphs[key]
+        for into, t in zip(static, inputs, strict=True):
+            if into is not None and t is not None:
+                into.copy_(t, non_blocking=True)
+        graph.replay()
+        return outputs
+
+    def record(self, plan: StepPlan, static: list[Tensor | None]) -> tuple[Any, list[Tensor | None], dict[str, Tensor]]:
+        """Capture one run of the work on `static`, without running it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = self.work(plan, *static)
+        return graph, static, outputs
+
+    def forget(self) -> None:
+        """Drop all graphs: tensors that they know by address have been replaced."""
+        self.met.clear()
+        self.graphs.clear()
+
+
 class Trainer:
     """Model, masters and optimizers, and what one step does to them."""
 
@@ -1864,18 +1994,41 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, self.masters, config)
         self.base_lr = {"muon": config.matrix_lr, "embed": config.embed_lr, "scalar": config.scalar_lr}
         self.loss = torch.compile(self.model) if config.compile_model else self.model
+        self.captured = CapturedStep(self.update) if config.cuda_graphs else None
+        self.current: Mapping[str, float | Tensor] = self.numbers(Progress(0, 0.0))
+        # A graph reads the numbers that change from step to step out of the device's memory.
+        self.rates = {name: torch.zeros((), device=ranks.device) for name in self.current}
 
-    def gradients(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
+    def numbers(self, at: Progress) -> dict[str, float]:
+        """What changes from step to step without changing what a step does."""
+        scale = learning_rate_scale(at, self.config)
+        rates = {f"lr/{kind}": lr * scale for kind, lr in self.base_lr.items()}
+        momentum = momentum_at(at.step, self.config)
+        return rates | {"momentum": momentum, "sigreg_lambda": sigreg_lambda_at(at, self.config)}
+
+    def plan(self, at: Progress) -> StepPlan:
+        c, after = self.config, at._replace(step=at.step + 1)
+        return StepPlan(
+            on_grid=on_grid_at(after, c),
+            averaging=c.ema_decay > 0 and after.fraction(c) >= c.ema_start_fraction,
+            sigreg=sigreg_lambda_at(at, c) > 0,
+        )
+
+    def gradients(
+        self, plan: StepPlan, x_BT: Tensor, y_BT: Tensor, document_ids_BT: Tensor | None, positions: Tensor | None
+    ) -> dict[str, Tensor]:
         """Forward and backward over the micro-batches of a step; masters' gradients summed over ranks."""
         c = self.config
         self.masters.flat_gradient.zero_()
-        rows = batch.x_BT.shape[0]
+        rows = x_BT.shape[0]
         micro = max(1, min(rows, c.micro_batch_tokens // c.train_seq_len))
-        positions = self.model.sigreg_positions(at.step, c.train_seq_len)
+        weight = self.current["sigreg_lambda"] if plan.sigreg else None
         totals: dict[str, Tensor] = {}
         for i in range(0, rows, micro):
-            x, y, documents = (t[i : i + micro] for t in batch[:3])
-            loss, parts = self.loss(x, y, documents if c.document_reset else None, sigreg_lambda_at(at, c), positions)
+            own = slice(i, i + micro)
+            x, y = x_BT[own], y_BT[own]
+            documents = None if document_ids_BT is None else document_ids_BT[own]
+            loss, parts = self.loss(x, y, documents, weight, positions)
             loss.backward()
             share = x.shape[0] / rows
             self.masters.accumulate_gradients(share / self.ranks.world)
@@ -1884,25 +2037,43 @@ class Trainer:
         self.ranks.sum(self.masters.flat_gradient)
         return totals
 
-    def step(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
-        """One optimizer step. Returns this rank's detached losses, and the gradient norm before clipping."""
+    def update(
+        self, plan: StepPlan, x_BT: Tensor, y_BT: Tensor, document_ids_BT: Tensor | None, positions: Tensor | None
+    ) -> dict[str, Tensor]:
+        """All that a step does on the device, with the numbers in `current`; never waits for the device."""
         c = self.config
-        losses = self.gradients(batch, at)
+        losses = self.gradients(plan, x_BT, y_BT, document_ids_BT, positions)
         norm = torch.linalg.vector_norm(self.masters.flat_gradient)
         if c.grad_clip_norm > 0:
             self.masters.flat_gradient.mul_(torch.clamp(c.grad_clip_norm / (norm + 1e-6), max=1.0))
-        scale = learning_rate_scale(at, c)
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self.base_lr[kind] * scale
+                group["lr"] = self.current[f"lr/{kind}"]
                 if kind == "muon":
-                    group["momentum"] = momentum_at(at.step, c)
+                    group["momentum"] = self.current["momentum"]
             optimizer.step()
-        after = at._replace(step=at.step + 1)
-        if c.ema_decay > 0 and after.fraction(c) >= c.ema_start_fraction:
+        if plan.averaging:
             self.masters.update_ema(c.ema_decay)
-        self.masters.publish(on_grid_at(after, c))
+        self.masters.publish(plan.on_grid)
         return losses | {"grad_norm": norm}
+
+    def step(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
+        """One optimizer step. Returns this rank's detached losses, and the gradient norm before clipping.
+
+        They are tensors of the device, valid until the next step: reading one waits for the device.
+        """
+        c, numbers = self.config, self.numbers(at)
+        positions = self.model.sigreg_positions(at.step, c.train_seq_len)
+        if positions is not None and self.ranks.device.type == "cuda":
+            positions = positions.pin_memory().to(self.ranks.device, non_blocking=True)
+        inputs = (batch.x_BT, batch.y_BT, batch.document_ids_BT if c.document_reset else None, positions)
+        if self.captured is None:
+            self.current = numbers
+            return self.update(self.plan(at), *inputs)
+        self.current = self.rates
+        for name, value in numbers.items():
+            self.rates[name].fill_(value)
+        return self.captured(self.plan(at), inputs)
 
     @contextlib.contextmanager
     def rehearsal(self, at: Progress) -> Iterator[None]:
@@ -1919,6 +2090,8 @@ class Trainer:
             self.masters.ema = averages
             for kind, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(states[kind])
+            if self.captured is not None:
+                self.captured.forget()
             self.masters.publish(on_grid_at(at, self.config))
 
     def rehearse(self, loader: TokenLoader, at: Progress) -> float:
@@ -1992,6 +2165,8 @@ class Run:
         self.command, self.config, self.ranks = command, command.config, ranks
         config = self.config
         self.kernels = select_kernels(config.kernels, ranks.device)
+        if config.cuda_graphs and ranks.device.type != "cuda":
+            raise ConfigError(f"--cuda_graphs 1: device is {ranks.device.type}, not cuda; leave it 0")
         self.tokenizer = open_tokenizer(config, config.data_path)
         self.train_shards = list_shards(str(Path(config.data_path) / "*_train_*.bin"))
         self.val_pattern = command.val or str(Path(config.data_path) / "*_val_*.bin")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -290,6 +291,50 @@ def test_a_bundle_that_imports_common_is_found(real_bundle, tmp_path):
     path.write_text(real_bundle.source.replace("import argparse\n", "import argparse\nimport common.errors\n", 1))
     with pytest.raises(GolfError, match="the bundle must not import common"):
         observe_bundled(path)
+
+
+# Triton reads a kernel's source out of its file; here that is the bundle. A step takes all of our kernels.
+STEP = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("bundled", sys.argv[1])
+entry = sys.modules["bundled"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(entry)
+torch = entry.torch
+config = entry.Config(**json.loads(sys.argv[2]))
+device = torch.device("cpu")
+trainer = entry.Trainer(config, entry.select_kernels("triton", device), entry.Ranks(0, 1, device))
+trainer.masters.publish(True)
+tokens_BT = torch.arange(32).view(2, 16)
+losses = trainer.step(entry.StepBatch(tokens_BT, tokens_BT + 1, tokens_BT.int(), {}), entry.Progress(0, 0.0))
+print(json.dumps({name: float(value) for name, value in losses.items()}))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_run_out_of_the_bundle(real_bundle, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    path = tmp_path / "train_gpt.py"
+    path.write_text(real_bundle.source, encoding="utf-8")
+    config = {
+        "tokenizer": "byte", "vocab_size": 256, "model_dim": 16, "num_layers": 1, "d_state": 16, "headdim": 16,
+        "embed_dim": 16, "chunk_size": 16, "mlp_mult": 1, "train_seq_len": 16, "train_batch_tokens": 32,
+        "sigreg_knots": 3, "sigreg_timesteps": 2, "jepa_steps": 1, "predictor_hidden_mult": 1, "muon_backend_steps": 1,
+        "sigreg_num_proj": 8,
+    }  # fmt: skip
+    found = []
+    for file in (path, ROOT / ENTRY):
+        done = subprocess.run(
+            [sys.executable, "-c", STEP, str(file), json.dumps(config)],
+            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": "" if file == path else str(ROOT)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1]
+    assert found[0]["loss"] > 0
 
 
 def test_a_check_without_steps_is_no_check():

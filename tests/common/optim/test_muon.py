@@ -153,8 +153,8 @@ def test_parameter_without_gradient_is_left_alone():
     assert optimizer.step(lambda: torch.tensor(2.5)).item() == 2.5
 
 
-def _muon_worker(rank, path, out):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _muon_worker(rank, ranks, path, out):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
     params = make_params()
     optimizer = Muon(
         [{"params": params[:3], "row_splits": None}, {"params": params[3:], "normalize_rows": True}], lr=0.1
@@ -165,23 +165,37 @@ def _muon_worker(rank, path, out):
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
-    """An odd number of matrices of one shape, and shapes of which a rank has none."""
-    mp.spawn(_muon_worker, (tmp_path / "rendezvous", tmp_path / "out"), nprocs=2)
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_equal_one(tmp_path, ranks):
+    """A number of matrices of one shape that does not divide, and shapes of which a rank has none."""
+    mp.spawn(_muon_worker, (ranks, tmp_path / "rendezvous", tmp_path / "out"), nprocs=ranks)
     params = make_params()
     optimizer = Muon(
         [{"params": params[:3], "row_splits": None}, {"params": params[3:], "normalize_rows": True}], lr=0.1
     )
     take_steps(optimizer, params, 4)
-    with (
-        np.load(f"{tmp_path / 'out'}_0.npz", allow_pickle=False) as first,
-        np.load(f"{tmp_path / 'out'}_1.npz", allow_pickle=False) as second,
-    ):
-        for key in first.files:
-            assert np.array_equal(first[key], second[key])
-        for i, p in enumerate(params):
-            np.testing.assert_allclose(first[f"p{i}"], p.detach().numpy(), rtol=0, atol=1e-6)
-            np.testing.assert_array_equal(first[f"m{i}"], optimizer.state[p]["momentum"].numpy())
+    found = []
+    for rank in range(ranks):
+        with np.load(f"{tmp_path / 'out'}_{rank}.npz", allow_pickle=False) as file:
+            found.append({key: file[key] for key in file.files})
+    for key, first in found[0].items():
+        assert all(np.array_equal(first, other[key]) for other in found)
+    for i, p in enumerate(params):
+        np.testing.assert_allclose(found[0][f"p{i}"], p.detach().numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(found[0][f"m{i}"], optimizer.state[p]["momentum"].numpy())
+
+
+def test_matrices_of_one_pair_of_sides_are_one_batch():
+    """Standing matrices are laid down: one product for both, and each exchange is waited for after the next batch."""
+    seen = []
+
+    def watched(G_BMN, steps, *, dtype=None):
+        seen.append(tuple(G_BMN.shape))
+        return newton_schulz_torch(G_BMN, steps, dtype=dtype)
+
+    params = make_params()
+    take_steps(Muon(params, lr=0.1, newton_schulz=watched), params, 1)
+    assert seen == [(4, 8, 12), (1, 6, 6)]
 
 
 def test_wrong_options_are_named():

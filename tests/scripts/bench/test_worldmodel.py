@@ -1,4 +1,4 @@
-"""scripts/bench_worldmodel.py: the whole of it at tiny sizes."""
+"""scripts/bench/worldmodel.py: the whole of it at tiny sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("jax")
 pytest.importorskip("procgen")
 
-from scripts.bench_worldmodel import Shapes, Timing, main, median_ms, stage_config
+from scripts.bench.worldmodel import Shapes, Timing, main, median_ms, stage_config
 
 TINY = {
     "dim": 8, "ffn-dim": 8, "heads": 2, "codes": 8, "latent-dim": 4, "batch-size": 2, "seq-len": 3, "patch": 32,

@@ -1,6 +1,6 @@
 """Measure the world model on this machine: data, training steps, sampling.
 
-    python scripts/bench_worldmodel.py [--parts data train sample] [--json benchmarks/NAME.json]
+    python scripts/bench worldmodel [--parts data train sample] [--json benchmarks/NAME.json]
 
 Takes about three minutes on two cores, most of it compilation. CPU time is the sum over threads, so that a busy machine
 can be told from a slow program; timings are medians.
@@ -325,9 +325,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the wanted measurements and print them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python scripts/bench worldmodel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = ("data", "train", "sample")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="training steps to time")
@@ -359,7 +361,4 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.json, (text + "\n").encode())
-
-
-if __name__ == "__main__":
-    main()
+    return 0

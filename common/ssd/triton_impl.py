@@ -1,0 +1,628 @@
+"""Chunked state-space scan as Triton kernels for NVIDIA GPUs (sm_90 first), forward and backward.
+
+Letters: B batch, T time, H heads, P head width, G groups, N state width, L chunk length, c number of
+chunks, s number of segments. In kernels: i the position that reads, j the position that writes, i >= j.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.ssd.torch_impl import _ssd_check
+from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton, triton_kernel
+
+# A sequence is cut into segments that run side by side when batch times heads alone are fewer programs than this. Each
+# cut costs one more reading of x and B; 256 is about two programs for each of an H100's 132 multiprocessors.
+SSD_TRITON_ENOUGH_PROGRAMS = 256
+
+
+def ssd_scan_triton(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    initial_state_BHPN: Tensor | None = None,
+    document_ids_BT: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Selective state-space scan S_t = exp(dt_t A) S_{t-1} + dt_t x_t (x) B_t, y_t = S_t C_t + D x_t, on the GPU.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs" (state space duality), section 6. Ours differs from their kernels
+    in that one program walks a sequence with the state in registers, so that x is read once and no state is written;
+    in that backward recomputes the chunks' states instead of keeping them, sums the heads of a group without atomics
+    and without partial results; and in the document resets.
+
+    Args:
+        x_BTHP: inputs; float32, bfloat16 or float16. Read in place if the last dimension is contiguous.
+        dt_BTH: step sizes, >= 0.
+        A_H: decay rates, <= 0. Head h uses group h // (H/G).
+        B_BTGN: input directions.
+        C_BTGN: output directions.
+        D_H: weight of the direct path, or None for none.
+        initial_state_BHPN: state before position 0, belonging to the document of position 0; None for zeros.
+        document_ids_BT: integers; the state restarts wherever the id differs from the one before. None for one
+            document.
+        chunk_size: positions that are worked on as one matrix product, rounded to a power of two in [16, 64] ([16, 32]
+            for float32 or large states); changes speed, not the result.
+    Returns:
+        y_BTHP in the dtype of x, and final_state_BHPN in float32.
+    Raises:
+        ValueError: shapes do not fit together, or x is float64.
+
+    Numerics: decays, running sums of dt*A (taken inside a chunk only) and states are float32; operands of matrix
+    products are rounded to the dtype of x (float32 goes through three TF32 products) and summed in float32. A decay
+    between two positions is exp2 of a difference of running sums; a step counts at most 200 in them, which bounds their
+    rounding (a parallel running sum need not fall monotonically by the last bit). No atomics: results are the same bits
+    in every run. One backward pass is supported, not the derivative of it.
+    """
+    require_triton("ssd_scan_triton")
+    _ssd_check(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, document_ids_BT, chunk_size)
+    dtype = x_BTHP.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"ssd_scan_triton: x is {dtype}, expected float32, bfloat16 or float16; ssd_scan_torch takes any"
+        )
+    return _SsdScanTriton.apply(
+        x_BTHP,
+        dt_BTH.float(),
+        A_H.float(),
+        B_BTGN.to(dtype),
+        C_BTGN.to(dtype),
+        None if D_H is None else D_H.float(),
+        None if initial_state_BHPN is None else initial_state_BHPN.float(),
+        document_ids_BT,
+        ssd_triton_chunk_length(x_BTHP.shape[1], chunk_size, _ssd_is_large(dtype, x_BTHP.shape[3], B_BTGN.shape[3])),
+    )
+
+
+def _ssd_is_large(dtype: torch.dtype, width: int, n: int) -> bool:
+    """Whether a state, or numbers of 32 bits, leave too few registers for the pairs of 64 positions."""
+    return dtype == torch.float32 or max(width, 16) * max(n, 16) > 64 * 64
+
+
+def ssd_triton_chunk_length(length: int, chunk_size: int, large: bool) -> int:
+    """The power of two in [16, 64] nearest below chunk_size, or less if the sequence is shorter than a chunk.
+
+    16 is the least that a tensor-core product takes; above 64 (32 if `large`) the matrices of position pairs no longer
+    fit into registers in the backward pass.
+    """
+    wanted = min(max(chunk_size, 16), 32 if large else 64)
+    power = 1 << (wanted.bit_length() - 1)
+    while power > 16 and power >= 2 * length:
+        power //= 2
+    return power
+
+
+def ssd_triton_segment_length(length: int, chunk: int, programs: int) -> int:
+    """Positions that one program walks through: all of them if `programs` (batch * heads) are enough by themselves.
+
+    Returns:
+        a multiple of `chunk`.
+    """
+    chunks = -(-length // chunk)
+    segments = min(-(-SSD_TRITON_ENOUGH_PROGRAMS // programs), -(-chunks // 4))
+    return -(-chunks // segments) * chunk
+
+
+def ssd_triton_launch(kernel: str, dtype: torch.dtype, width: int, n: int) -> dict[str, Any]:
+    """Warps and pipeline stages of a kernel ("scan", "states" or "gradient") for a head width and a state width."""
+    if dtype == torch.float32:
+        return {"num_warps": 8, "num_stages": 1 if kernel == "gradient" else 2}
+    if _ssd_is_large(dtype, width, n):
+        return {"num_warps": 4 if kernel == "states" else 8, "num_stages": 2}
+    return {"num_warps": 4, "num_stages": 2 if kernel == "gradient" else 3}
+
+
+@triton_kernel
+def _ssd_decay_sums(
+    dt_ptr, ids_ptr, rate, first, length, stride_dt_t,
+    L: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """dt, running sums of dt*rate in the chunk, its last value, running count of document changes, its last value.
+
+    Positions outside of the sequence have dt = 0: they neither decay nor add.
+    """
+    offset_L = tl.arange(0, L)
+    position_L = first + offset_L
+    inside_L = position_L < length
+    dt_L = tl.load(dt_ptr + position_L * stride_dt_t, mask=inside_L, other=0.0)
+    # Below exp2(-150) a step leaves nothing in float32 anyway; the bound keeps the sums, and so their rounding, small.
+    sums_L = tl.cumsum(tl.maximum(dt_L * rate, -200.0), 0)
+    # Taken out of the running sums, not summed again: the difference of the two would be an exponent.
+    total = tl.sum(tl.where(offset_L == L - 1, sums_L, 0.0), 0)
+    run_L = tl.zeros([L], tl.int32)
+    last_run = 0
+    if DOCUMENTS:
+        known_L = inside_L & (position_L > 0)
+        here_L = tl.load(ids_ptr + position_L, mask=known_L, other=0)
+        before_L = tl.load(ids_ptr + position_L - 1, mask=known_L, other=0)
+        changed_L = (here_L != before_L).to(tl.int32)
+        run_L = tl.cumsum(changed_L, 0)
+        last_run = tl.sum(changed_L, 0)
+    return dt_L, sums_L, total, run_L, last_run
+
+
+@triton_kernel
+def _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS: tl.constexpr):
+    """What is left at the chunk's end of what a position adds."""
+    decay_L = tl.exp2(total - sums_L)
+    if DOCUMENTS:
+        decay_L = tl.where(run_L == last_run, decay_L, 0.0)
+    return decay_L
+
+
+@triton_kernel
+def _ssd_from_start(sums_L, run_L, DOCUMENTS: tl.constexpr):
+    """What is left at a position of the state that enters the chunk."""
+    decay_L = tl.exp2(sums_L)
+    if DOCUMENTS:
+        decay_L = tl.where(run_L == 0, decay_L, 0.0)
+    return decay_L
+
+
+@triton_kernel
+def _ssd_through(total, last_run, DOCUMENTS: tl.constexpr):
+    """What is left after the chunk of the state that enters it."""
+    decay = tl.exp2(total)
+    if DOCUMENTS:
+        decay = tl.where(last_run == 0, decay, 0.0)
+    return decay
+
+
+@triton_kernel
+def _ssd_load_rows(
+    ptr, first, length, stride_t,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """L positions of a tensor, zero outside of it, (L, BLOCK)."""
+    offset_L = tl.arange(0, L)
+    column_K = tl.arange(0, BLOCK)
+    # int64: the offset inside a long sequence may pass 2^31 numbers.
+    at_LK = ptr + tl.cast(first, tl.int64) * stride_t + (offset_L[:, None] * stride_t + column_K[None, :])
+    if EVEN and WIDTH == BLOCK:
+        value_LK = tl.load(at_LK)
+    else:
+        value_LK = tl.load(at_LK, mask=(first + offset_L < length)[:, None] & (column_K < WIDTH)[None, :], other=0.0)
+    if WIDEN:
+        value_LK = value_LK.to(tl.float32)
+    return value_LK
+
+
+@triton_kernel
+def _ssd_store_rows(
+    ptr, value_LK, first, length, stride_t,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `_ssd_load_rows`."""
+    offset_L = tl.arange(0, L)
+    column_K = tl.arange(0, BLOCK)
+    at_LK = ptr + tl.cast(first, tl.int64) * stride_t + (offset_L[:, None] * stride_t + column_K[None, :])
+    if WIDEN:
+        value_LK = nearest_bf16(value_LK)
+    value_LK = value_LK.to(ptr.dtype.element_ty)
+    if EVEN and WIDTH == BLOCK:
+        tl.store(at_LK, value_LK)
+    else:
+        tl.store(at_LK, value_LK, mask=(first + offset_L < length)[:, None] & (column_K < WIDTH)[None, :])
+
+
+@triton_kernel
+def _ssd_state_offsets(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of a contiguous (P, N) state read as (N, P), and which of them exist."""
+    row_N = tl.arange(0, BLOCK_N)
+    column_P = tl.arange(0, BLOCK_P)
+    return column_P[None, :] * N + row_N[:, None], (row_N < N)[:, None] & (column_P < P)[None, :]
+
+
+@triton_kernel
+def _ssd_scan_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, ids_ptr, start_ptr, y_ptr, final_ptr,
+    length, segment, segments, heads, per_group,
+    stride_x_b, stride_x_t, stride_x_h, stride_dt_b, stride_dt_t,
+    stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g, stride_ids_b,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
+    EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, HAS_START: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y of one segment of one head, the state walking along in registers; the last segment writes the final state.
+
+    Heads are the fastest index of the grid: those of a group read the same B and C at the same time, out of L2.
+    """
+    program = tl.program_id(0)
+    h = program % heads
+    part = (program // heads) % segments
+    b = (program // heads // segments).to(tl.int64)
+    g = h // per_group
+    x_ptr += b * stride_x_b + h * stride_x_h
+    y_ptr += (b * length * heads + h) * P
+    dt_ptr += b * stride_dt_b + h
+    B_ptr += b * stride_B_b + g * stride_B_g
+    C_ptr += b * stride_C_b + g * stride_C_g
+    if DOCUMENTS:
+        ids_ptr += b * stride_ids_b
+    rate = tl.load(A_ptr + h) * 1.4426950408889634  # log2(e): exp2 is the GPU's own exponential
+    offset_L = tl.arange(0, L)
+
+    offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
+    state_NP = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    if HAS_START:
+        start_ptr += ((b * segments + part) * heads + h) * P * N
+        state_NP = tl.load(start_ptr + offset_NP, mask=exists_NP, other=0.0)
+    if HAS_D:
+        direct = tl.load(D_ptr + h)
+
+    for first in range(part * segment, tl.minimum(part * segment + segment, length), L):
+        x_LP = _ssd_load_rows(x_ptr, first, length, stride_x_t, P, BLOCK_P, L, EVEN, WIDEN)
+        B_LN = _ssd_load_rows(B_ptr, first, length, stride_B_t, N, BLOCK_N, L, EVEN, WIDEN)
+        C_LN = _ssd_load_rows(C_ptr, first, length, stride_C_t, N, BLOCK_N, L, EVEN, WIDEN)
+        dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
+            dt_ptr, ids_ptr, rate, first, length, stride_dt_t, L, DOCUMENTS
+        )
+
+        # From the state that enters the chunk. What the state needs comes first: B and x then leave their registers.
+        y_LP = tl.dot(C_LN, state_NP.to(x_LP.dtype), input_precision=PRECISION)
+        y_LP *= _ssd_from_start(sums_L, run_L, DOCUMENTS)[:, None]
+        if HAS_D:
+            y_LP += direct * x_LP.to(tl.float32)
+        # The state that leaves it.
+        kept_L = dt_L * _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
+        kept_LN = (B_LN.to(tl.float32) * kept_L[:, None]).to(x_LP.dtype)
+        state_NP *= _ssd_through(total, last_run, DOCUMENTS)
+        state_NP = tl.dot(tl.trans(kept_LN), x_LP, state_NP, input_precision=PRECISION)
+        # Inside the chunk.
+        weight_LL = tl.dot(C_LN, tl.trans(B_LN), input_precision=PRECISION)
+        if PRECISION == "tf32x3":
+            weight_LL *= tl.exp2(sums_L[:, None] - sums_L[None, :]) * dt_L[None, :]
+        else:
+            # dt_j in the exponent saves 16 registers, and the exponent's rounding is far below that of 16 bits. dt = 0
+            # makes it -inf and the weight 0.
+            added_L = sums_L - tl.log2(dt_L)
+            weight_LL *= tl.exp2(sums_L[:, None] - added_L[None, :])
+        # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from chunk to chunk.
+        row_L = offset_L + tl.minimum(first, 0)
+        reaches_LL = row_L[:, None] >= offset_L[None, :]
+        if DOCUMENTS:
+            reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
+        weight_LL = tl.where(reaches_LL, weight_LL, 0.0)
+        y_LP = tl.dot(weight_LL.to(x_LP.dtype), x_LP, y_LP, input_precision=PRECISION)
+        _ssd_store_rows(y_ptr, y_LP, first, length, heads * P, P, BLOCK_P, L, EVEN, WIDEN)
+
+    if part == segments - 1:
+        tl.store(final_ptr + (b * heads + h) * P * N + offset_NP, state_NP, mask=exists_NP)
+
+
+@triton_kernel
+def _ssd_states_kernel(
+    u_ptr, v_ptr, dt_ptr, A_ptr, ids_ptr, start_ptr, states_ptr, end_ptr, decay_ptr,
+    length, segment, segments, chunks, heads, per_group,
+    stride_u_b, stride_u_t, stride_u_h, stride_v_b, stride_v_t, stride_v_g, stride_dt_b, stride_dt_t, stride_ids_b,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
+    EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_START: tl.constexpr, REVERSE: tl.constexpr,
+    SUMMARY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The states between the chunks of one segment of one head.
+
+    Forward, u = x and v = B: the state that enters each chunk. REVERSE, u = dy and v = C: the gradient of the state
+    that leaves each chunk, from the last chunk to the first. Either way end receives what the walk ends with. SUMMARY:
+    only that, and what is left across the whole segment of the state it started with.
+    """
+    program = tl.program_id(0)
+    h = program % heads
+    part = (program // heads) % segments
+    b = (program // heads // segments).to(tl.int64)
+    g = h // per_group
+    u_ptr += b * stride_u_b + h * stride_u_h
+    v_ptr += b * stride_v_b + g * stride_v_g
+    dt_ptr += b * stride_dt_b + h
+    if DOCUMENTS:
+        ids_ptr += b * stride_ids_b
+    rate = tl.load(A_ptr + h) * 1.4426950408889634
+
+    offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
+    own = ((b * segments + part) * heads + h) * P * N
+    state_NP = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    if HAS_START:
+        state_NP = tl.load(start_ptr + own + offset_NP, mask=exists_NP, other=0.0)
+    begin = part * segment
+    count = tl.cdiv(tl.minimum(segment, length - begin), L)
+    left = 1.0
+    for step in range(count):
+        first = begin + step * L
+        if REVERSE:
+            first = begin + (count - 1 - step) * L
+        if not SUMMARY:
+            at = states_ptr + ((b * chunks + first // L) * heads + h) * P * N
+            stored_NP = state_NP
+            if WIDEN:
+                stored_NP = nearest_bf16(stored_NP)
+            tl.store(at + offset_NP, stored_NP.to(states_ptr.dtype.element_ty), mask=exists_NP)
+        u_LP = _ssd_load_rows(u_ptr, first, length, stride_u_t, P, BLOCK_P, L, EVEN, WIDEN)
+        v_LN = _ssd_load_rows(v_ptr, first, length, stride_v_t, N, BLOCK_N, L, EVEN, WIDEN)
+        dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
+            dt_ptr, ids_ptr, rate, first, length, stride_dt_t, L, DOCUMENTS
+        )
+        if REVERSE:
+            kept_L = _ssd_from_start(sums_L, run_L, DOCUMENTS)
+        else:
+            kept_L = dt_L * _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
+        kept_LN = (v_LN.to(tl.float32) * kept_L[:, None]).to(u_LP.dtype)
+        through = _ssd_through(total, last_run, DOCUMENTS)
+        state_NP *= through
+        left *= through
+        state_NP = tl.dot(tl.trans(kept_LN), u_LP, state_NP, input_precision=PRECISION)
+    tl.store(end_ptr + own + offset_NP, state_NP, mask=exists_NP)
+    if SUMMARY:
+        tl.store(decay_ptr + (b * segments + part) * heads + h, left)
+
+
+@triton_kernel
+def _ssd_join_kernel(
+    ends_ptr, decay_ptr, initial_ptr, starts_ptr, segments, heads, size,
+    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """States that the segments start with, from what each adds and leaves: one program a head and BLOCK numbers."""
+    h = tl.program_id(0) % heads
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    offset_K = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists_K = offset_K < size
+    state_K = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL:
+        state_K = tl.load(initial_ptr + (b * heads + h) * size + offset_K, mask=exists_K, other=0.0)
+    for step in range(segments):
+        part = segments - 1 - step if REVERSE else step
+        at = (b * segments + part) * heads + h
+        tl.store(starts_ptr + at * size + offset_K, state_K, mask=exists_K)
+        added_K = tl.load(ends_ptr + at * size + offset_K, mask=exists_K, other=0.0)
+        state_K = tl.load(decay_ptr + at) * state_K + added_K
+
+
+@triton_kernel
+def _ssd_gradient_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, ids_ptr, dy_ptr, entering_ptr, leaving_ptr,
+    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
+    length, chunks, heads, per_group, groups,
+    stride_x_b, stride_x_t, stride_x_h, stride_dt_b, stride_dt_t,
+    stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g, stride_ids_b,
+    stride_dy_b, stride_dy_t, stride_dy_h,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
+    EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one chunk of one group: the heads one after the other, dB and dC summed over them in registers.
+
+    Matrices of pairs have the writing position j in their rows and the reading one i in their columns, so that the
+    product with dy takes them from registers as they are. Every term of the decays' gradient is a sum of exchanges
+    between different positions (README.md): nothing is subtracted that had to cancel.
+    """
+    program = tl.program_id(0)
+    g = program % groups
+    chunk = (program // groups) % chunks
+    b = (program // groups // chunks).to(tl.int64)
+    first = chunk * L
+    offset_L = tl.arange(0, L)
+    x_ptr += b * stride_x_b
+    dy_ptr += b * stride_dy_b
+    dt_ptr += b * stride_dt_b
+    if DOCUMENTS:
+        ids_ptr += b * stride_ids_b
+    offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
+    B_LN = _ssd_load_rows(
+        B_ptr + b * stride_B_b + g * stride_B_g, first, length, stride_B_t, N, BLOCK_N, L, EVEN, WIDEN
+    )
+    C_LN = _ssd_load_rows(
+        C_ptr + b * stride_C_b + g * stride_C_g, first, length, stride_C_t, N, BLOCK_N, L, EVEN, WIDEN
+    )
+    dB_LN = tl.zeros([L, BLOCK_N], tl.float32)
+    dC_LN = tl.zeros([L, BLOCK_N], tl.float32)
+    for h in range(g * per_group, (g + 1) * per_group):
+        x_LP = _ssd_load_rows(x_ptr + h * stride_x_h, first, length, stride_x_t, P, BLOCK_P, L, EVEN, WIDEN)
+        dy_LP = _ssd_load_rows(dy_ptr + h * stride_dy_h, first, length, stride_dy_t, P, BLOCK_P, L, EVEN, WIDEN)
+        partial = (b * chunks + chunk) * heads + h
+        at = partial * P * N
+        if P == BLOCK_P and N == BLOCK_N:
+            entering_NP = tl.load(entering_ptr + at + offset_NP)
+            leaving_NP = tl.load(leaving_ptr + at + offset_NP)
+        else:
+            entering_NP = tl.load(entering_ptr + at + offset_NP, mask=exists_NP, other=0.0)
+            leaving_NP = tl.load(leaving_ptr + at + offset_NP, mask=exists_NP, other=0.0)
+        if WIDEN:
+            entering_NP, leaving_NP = entering_NP.to(tl.float32), leaving_NP.to(tl.float32)
+        A = tl.load(A_ptr + h)
+        dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
+            dt_ptr + h, ids_ptr, A * 1.4426950408889634, first, length, stride_dt_t, L, DOCUMENTS
+        )
+        from_start_L = _ssd_from_start(sums_L, run_L, DOCUMENTS)
+        to_end_L = _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
+
+        through = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32))
+        through *= _ssd_through(total, last_run, DOCUMENTS)
+
+        # Inside the chunk, before dx, which is as large as one of these matrices, takes up registers.
+        # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from head to head.
+        row_L = offset_L + tl.minimum(h, 0)
+        reaches_LL = row_L[:, None] <= offset_L[None, :]
+        if DOCUMENTS:
+            reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
+        decay_LL = tl.where(reaches_LL, tl.exp2(sums_L[None, :] - sums_L[:, None]), 0.0)
+        raw_LL = tl.dot(x_LP, tl.trans(dy_LP), input_precision=PRECISION)
+        same_LL = row_L[:, None] == offset_L[None, :]
+        if HAS_D:
+            tl.store(dD_ptr + partial, tl.sum(tl.sum(tl.where(same_LL, raw_LL, 0.0), 1), 0))
+        raw_LL *= decay_LL
+        exchange_LL = (raw_LL * dt_L[:, None]).to(x_LP.dtype)
+        dB_LN = tl.dot(exchange_LL, C_LN, dB_LN, input_precision=PRECISION)
+        dC_LN = tl.dot(tl.trans(exchange_LL), B_LN, dC_LN, input_precision=PRECISION)
+        weight_LL = tl.dot(B_LN, tl.trans(C_LN), input_precision=PRECISION)
+        raw_LL *= weight_LL
+        weight_LL = (weight_LL * decay_LL * dt_L[:, None]).to(x_LP.dtype)
+        direct_L = tl.sum(raw_LL, 1)
+        raw_LL = tl.where(same_LL, 0.0, raw_LL) * dt_L[:, None]
+        read_L = tl.sum(raw_LL, 0) - tl.sum(raw_LL, 1)
+        dx_LP = tl.dot(weight_LL, dy_LP, input_precision=PRECISION)
+
+        # Through the states.
+        x_wide_LP = x_LP.to(tl.float32)
+        added_LP = tl.dot(B_LN, leaving_NP, input_precision=PRECISION) * to_end_L[:, None]
+        dx_LP += added_LP * dt_L[:, None]
+        written_L = tl.sum(added_LP * x_wide_LP, 1)
+        direct_L += written_L
+        written_L *= dt_L
+        kept_LP = (x_wide_LP * (dt_L * to_end_L)[:, None]).to(x_LP.dtype)
+        dB_LN = tl.dot(kept_LP, tl.trans(leaving_NP), dB_LN, input_precision=PRECISION)
+        dy_wide_LP = dy_LP.to(tl.float32)
+        if HAS_D:
+            dx_LP += dy_wide_LP * tl.load(D_ptr + h)
+        _ssd_store_rows(
+            dx_ptr + (b * length * heads + h) * P, dx_LP, first, length, heads * P, P, BLOCK_P, L, EVEN, WIDEN
+        )
+        seen_LP = dy_wide_LP * from_start_L[:, None]
+        read_L += tl.sum(tl.dot(C_LN, entering_NP, input_precision=PRECISION) * seen_LP, 1)
+        dC_LN = tl.dot(seen_LP.to(x_LP.dtype), tl.trans(entering_NP), dC_LN, input_precision=PRECISION)
+
+        dlog_L = tl.cumsum(read_L, 0, reverse=True) + tl.cumsum(written_L, 0) - written_L + through
+        tl.store(dA_ptr + partial, tl.sum(dlog_L * dt_L, 0))
+        position_L = first + offset_L
+        tl.store(
+            ddt_ptr + (b * length + position_L) * heads + h, direct_L + dlog_L * A, mask=position_L < length
+        )
+    row = (b * length * groups + g) * N
+    _ssd_store_rows(dB_ptr + row, dB_LN, first, length, groups * N, N, BLOCK_N, L, EVEN, WIDEN)
+    _ssd_store_rows(dC_ptr + row, dC_LN, first, length, groups * N, N, BLOCK_N, L, EVEN, WIDEN)
+
+
+class _SsdScanTriton(torch.autograd.Function):
+    """The scan; saves its inputs only."""
+
+    @staticmethod
+    def forward(ctx, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, ids_BT, chunk):
+        x_BTHP, B_BTGN, C_BTGN = (_ssd_unit_stride(t) for t in (x_BTHP, B_BTGN, C_BTGN))
+        dt_BTH, ids_BT = _ssd_unit_stride(dt_BTH), None if ids_BT is None else _ssd_unit_stride(ids_BT)
+        A_H, D_H = A_H.contiguous(), None if D_H is None else D_H.contiguous()
+        initial_BHPN = None if initial_BHPN is None else initial_BHPN.contiguous()
+        batch, length, heads, width = x_BTHP.shape
+        groups, n = B_BTGN.shape[2:]
+        segment = ssd_triton_segment_length(length, chunk, batch * heads)
+        segments = triton.cdiv(length, segment)
+        starts = initial_BHPN
+        if segments > 1:
+            starts = _ssd_segment_starts(
+                x_BTHP, B_BTGN, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, segment, reverse=False
+            )
+        y_BTHP = x_BTHP.new_empty(batch, length, heads, width)
+        final_BHPN = dt_BTH.new_empty(batch, heads, width, n)
+        _ssd_scan_kernel[(batch * segments * heads,)](
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, ids_BT, starts, y_BTHP, final_BHPN,
+            length, segment, segments, heads, heads // groups,
+            *x_BTHP.stride()[:3], *dt_BTH.stride()[:2], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
+            0 if ids_BT is None else ids_BT.stride(0),
+            HAS_D=D_H is not None, HAS_START=starts is not None,
+            **_ssd_constants("scan", x_BTHP, n, ids_BT, chunk),
+        )  # fmt: skip
+        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, ids_BT)
+        ctx.chunk = chunk
+        return y_BTHP, final_BHPN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_BTHP, dfinal_BHPN):
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, ids_BT = ctx.saved_tensors
+        chunk = ctx.chunk
+        batch, length, heads = dt_BTH.shape
+        groups, n = B_BTGN.shape[2:]
+        chunks = triton.cdiv(length, chunk)
+        dy_BTHP, dfinal_BHPN = _ssd_unit_stride(dy_BTHP), dfinal_BHPN.contiguous()
+        shared = (dt_BTH, A_H, ids_BT)
+        entering, _ = _ssd_chunk_states(x_BTHP, B_BTGN, *shared, initial_BHPN, chunk, reverse=False)
+        leaving, dinitial_BHPN = _ssd_chunk_states(dy_BTHP, C_BTGN, *shared, dfinal_BHPN, chunk, reverse=True)
+        dx_BTHP, ddt_BTH = x_BTHP.new_empty(x_BTHP.shape), dt_BTH.new_empty(dt_BTH.shape)
+        dB_BTGN, dC_BTGN = B_BTGN.new_empty(B_BTGN.shape), C_BTGN.new_empty(C_BTGN.shape)
+        dA_BcH = dt_BTH.new_empty(batch, chunks, heads)
+        dD_BcH = None if D_H is None else dt_BTH.new_empty(batch, chunks, heads)
+        _ssd_gradient_kernel[(batch * chunks * groups,)](
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, ids_BT, dy_BTHP, entering, leaving,
+            dx_BTHP, ddt_BTH, dA_BcH, dB_BTGN, dC_BTGN, dD_BcH,
+            length, chunks, heads, heads // groups, groups,
+            *x_BTHP.stride()[:3], *dt_BTH.stride()[:2], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
+            0 if ids_BT is None else ids_BT.stride(0), *dy_BTHP.stride()[:3],
+            HAS_D=D_H is not None, **_ssd_constants("gradient", x_BTHP, n, ids_BT, chunk),
+        )  # fmt: skip
+        dA_H = dA_BcH.sum(dim=(0, 1))
+        dD_H = None if dD_BcH is None else dD_BcH.sum(dim=(0, 1))
+        dinitial_BHPN = None if initial_BHPN is None else dinitial_BHPN
+        return dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dinitial_BHPN, None, None
+
+
+def _ssd_unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, as the kernels take it; else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _ssd_constants(kernel: str, x_BTHP: Tensor, n: int, ids_BT: Tensor | None, chunk: int) -> dict[str, Any]:
+    """What the three kernels are compiled for."""
+    width = x_BTHP.shape[3]
+    return {
+        "P": width,
+        "N": n,
+        "BLOCK_P": max(16, triton.next_power_of_2(width)),
+        "BLOCK_N": max(16, triton.next_power_of_2(n)),
+        "L": chunk,
+        "EVEN": x_BTHP.shape[1] % chunk == 0,
+        "DOCUMENTS": ids_BT is not None,
+        "WIDEN": kernel_is_interpreted(_ssd_scan_kernel) and x_BTHP.dtype == torch.bfloat16,
+        "PRECISION": "tf32x3" if x_BTHP.dtype == torch.float32 else "tf32",
+        **ssd_triton_launch(kernel, x_BTHP.dtype, width, n),
+    }
+
+
+def _ssd_walk(u, v, dt_BTH, A_H, ids_BT, starts, states, ends, decays, chunk, segment, reverse) -> None:
+    """Launch `_ssd_states_kernel`; states None for the summary of each segment."""
+    batch, length, heads, _ = u.shape
+    segments = ends.shape[1]
+    _ssd_states_kernel[(batch * segments * heads,)](
+        u, v, dt_BTH, A_H, ids_BT, starts, states, ends, decays,
+        length, segment, segments, triton.cdiv(length, chunk), heads, heads // v.shape[2],
+        *u.stride()[:3], *v.stride()[:3], *dt_BTH.stride()[:2], 0 if ids_BT is None else ids_BT.stride(0),
+        HAS_START=starts is not None, REVERSE=reverse, SUMMARY=states is None,
+        **_ssd_constants("states", u, v.shape[3], ids_BT, chunk),
+    )  # fmt: skip
+
+
+def _ssd_segment_starts(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, segment, reverse) -> Tensor:
+    """States (B, s, H, P, N) that the segments start from (reverse: gradients that they end with)."""
+    batch, length, heads, width = u.shape
+    segments = triton.cdiv(length, segment)
+    ends = dt_BTH.new_empty(batch, segments, heads, width, v.shape[3])
+    decays = dt_BTH.new_empty(batch, segments, heads)
+    _ssd_walk(u, v, dt_BTH, A_H, ids_BT, None, None, ends, decays, chunk, segment, reverse)
+    starts = torch.empty_like(ends)
+    size = width * v.shape[3]
+    _ssd_join_kernel[(batch * heads, triton.cdiv(size, 512))](
+        ends, decays, initial_BHPN, starts, segments, heads, size,
+        HAS_INITIAL=initial_BHPN is not None, REVERSE=reverse, BLOCK=512, num_warps=4,
+    )  # fmt: skip
+    return starts
+
+
+def _ssd_chunk_states(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, reverse) -> tuple[Tensor, Tensor]:
+    """States between the chunks (B, c, H, P, N) in the dtype of u, and that after the last (reverse: before the first).
+
+    The kernels use a state as an operand of a product only, so it is kept in the dtype that it would be rounded to.
+    """
+    batch, length, heads, width = u.shape
+    n = v.shape[3]
+    chunks = triton.cdiv(length, chunk)
+    segment = ssd_triton_segment_length(length, chunk, batch * heads)
+    segments = triton.cdiv(length, segment)
+    starts = initial_BHPN
+    if segments > 1:
+        starts = _ssd_segment_starts(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, segment, reverse)
+    states = u.new_empty(batch, chunks, heads, width, n)
+    ends = dt_BTH.new_empty(batch, segments, heads, width, n)
+    _ssd_walk(u, v, dt_BTH, A_H, ids_BT, starts, states, ends, None, chunk, segment, reverse)
+    return states, ends[:, 0 if reverse else -1]

@@ -1,0 +1,198 @@
+"""Compile every kernel of the catalogue for sm_90 without a GPU; registers, spills and shared memory of each.
+
+    python scripts/bench aot [OPERATION ...]
+
+Nothing is written down twice: each operation is called on tensors without values (device "meta") through its public
+function, forward and backward, and every launch is compiled as it would be launched, with the same types, constants,
+warps, stages and divisibility. What ptxas -v says is read from Triton's own call of it. That a whole operation runs on
+tensors without values also shows that it never waits for the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import write_atomically
+from scripts.bench.catalogue import OPERATIONS, OpCase, cases_of, run_with_gradients
+
+SM90_SHARED_BYTES = 227 * 1024  # most that one block may have on an H100 or H200
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch of one kernel as compiled."""
+
+    case: str
+    kernel: str
+    constants: str
+    grid: str
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int  # stores and loads
+    shared_bytes: int
+    reason: str  # why it may spill; empty: it may not
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, or nothing."""
+        if self.spill_bytes and not self.reason:
+            return f"{self.case}: {self.kernel} ({self.constants}) spills {self.spill_bytes} bytes"
+        if self.shared_bytes > SM90_SHARED_BYTES:
+            return f"{self.case}: {self.kernel} ({self.constants}) needs {self.shared_bytes} bytes of shared memory"
+        return ""
+
+
+class Sm90Driver:
+    """Stands in for the CUDA driver: one H100, nothing can be launched."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def read_ptxas(log: str) -> tuple[int, int]:
+    """(registers, bytes of spill stores and loads) out of what ptxas -v says about one kernel."""
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if len(registers) != 1 or not spills:
+        raise RuntimeError(f"ptxas -v said nothing about one kernel; got {log!r}")
+    return int(registers[0]), sum(int(part) for pair in spills for part in pair)
+
+
+@contextlib.contextmanager
+def compiling_only(found: list[tuple[Any, Any, Any]], logs: dict[str, str]) -> Iterator[None]:
+    """Launches inside are compiled for sm_90 and put into `found` (function, compiled kernel, grid), each kernel once.
+
+    `logs` receives what ptxas said of each kernel by the kernel's hash; a kernel met again is not compiled again.
+    """
+    import triton
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted here; unset it to compile them")
+    launch = triton.JITFunction.run
+    seen = set()
+
+    def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel: Any = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            own = {key: value for key, value in kwargs.items() if key in self.arg_names}
+            size: Any = grid(self.signature.bind_partial(*args, **own).arguments) if callable(grid) else grid
+            logs.setdefault(kernel.hash, log.getvalue())
+            found.append((self, kernel, tuple(size)))
+        return kernel
+
+    before = knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile
+    active = driver._active
+    try:
+        triton.JITFunction.run = compile_launch  # pyright: ignore[reportAttributeAccessIssue]
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        driver.set_active(Sm90Driver())  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        triton.JITFunction.run = launch
+        knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = before
+        driver._active = active
+
+
+def constants_of(kernel: Any) -> str:
+    """The constants that a kernel was compiled with, without those that a missing or unit argument became."""
+    names = kernel.src.fn.arg_names
+    values = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+    return " ".join(f"{name}={value}" for name, value in values.items() if name.isupper() and value is not None)
+
+
+def compile_case(case: OpCase, logs: dict[str, str]) -> list[Compiled]:
+    """Compile what one operation launches at its real shapes, forward and backward; `logs` as in `compiling_only`."""
+    found: list[tuple[Any, Any, Any]] = []
+    with compiling_only(found, logs):
+        run_with_gradients(case.triton_form, case.inputs(torch.device("meta")), case.gradients)
+    if not found:
+        raise RuntimeError(f"{case.name} launched no kernel on tensors without values")
+    rows = []
+    for function, kernel, grid in found:
+        registers, spill_bytes = read_ptxas(logs[kernel.hash])
+        name = function.fn.__name__
+        rows.append(
+            Compiled(
+                case=case.name,
+                kernel=name,
+                constants=constants_of(kernel),
+                grid="x".join(str(int(n)) for n in grid),
+                warps=kernel.metadata.num_warps,
+                stages=kernel.metadata.num_stages,
+                registers=registers,
+                spill_bytes=spill_bytes,
+                shared_bytes=kernel.metadata.shared,
+                reason=case.stack_reasons.get(name, ""),
+            )
+        )
+    return rows
+
+
+def table_of(rows: Sequence[Compiled]) -> str:
+    """A markdown table."""
+    head = ["case", "kernel", "grid", "warps", "stages", "registers", "spill bytes", "shared bytes", "constants"]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in rows:
+        cells = [row.case, row.kernel, row.grid, row.warps, row.stages, row.registers, row.spill_bytes]
+        cells += [f"{row.shared_bytes:,}", row.constants + (f" (spills: {row.reason})" if row.reason else "")]
+        lines.append(" | ".join(str(cell) for cell in cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def as_records(rows: Sequence[Compiled]) -> list[dict[str, Any]]:
+    return [asdict(row) | {"fault": row.fault} for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns 1 if a kernel has a fault."""
+    parser = argparse.ArgumentParser(
+        "python scripts/bench aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"of {', '.join(OPERATIONS)}; none: all")
+    parser.add_argument("--quick", action="store_true", help="leave out what compiles slowly")
+    parser.add_argument("--json", type=Path, help="where the figures go as JSON")
+    arguments = parser.parse_args(argv)
+    unknown = set(arguments.operations) - set(OPERATIONS)
+    if unknown:
+        parser.error(f"no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
+    rows: list[Compiled] = []
+    logs: dict[str, str] = {}
+    for case in cases_of(arguments.operations or OPERATIONS):
+        if not (arguments.quick and case.compile_slowly):
+            rows += compile_case(case, logs)
+    print(table_of(rows))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.json, (json.dumps(as_records(rows), indent=1) + "\n").encode())
+    faults = [row.fault for row in rows if row.fault]
+    if faults:
+        print("\n".join(faults), file=sys.stderr)
+    return 1 if faults else 0

@@ -1,0 +1,32 @@
+"""Triton's kernels are interpreted in every test process on a machine without an NVIDIA driver.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, hence before any test module is imported; this file is loaded
+first in the main process and in every worker of pytest-xdist. So a test of a kernel is an ordinary test: it calls the
+public function on tensors of `kernel_device`, runs by name, and on a machine with a GPU runs compiled. Tests that build
+kernels ahead of time do so in processes of their own, without the variable.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """Where kernels run here: "cuda" compiled, "cpu" interpreted (keep shapes tiny). Skips without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: python -m pip install triton (Linux only)")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("an NVIDIA driver without a usable GPU; set TRITON_INTERPRET=1 to interpret the kernels")
+    return "cuda"
