@@ -4,6 +4,7 @@
     python scripts/bench aot [OPERATION ...]       registers, spills and shared memory of every kernel on sm_90 (no GPU)
     python scripts/bench step                      training steps of one preset, or of two checkouts side by side
     python scripts/bench worldmodel                data, training steps and sampling of the world model
+    python scripts/bench play                      the player under load: many browsers for minutes
 
 `--help` after a command lists its options. Only what a command needs is imported.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("aot", "kernels", "step", "worldmodel")
+COMMANDS = ("aot", "kernels", "play", "step", "worldmodel")
 # What the entry imports for artifacts, which no bench writes: a bare CUDA + PyTorch image does not have it.
 CODECS = ("brotli", "zstandard")
 

@@ -1,7 +1,7 @@
 """Load test of `python -m worldmodel play`: many players for minutes; speed, latency, memory, lost connections.
 
-    python scripts/bench_play.py --players 8 --seconds 300 --json play.json
-    python scripts/bench_play.py --players 1 --fps 60 --seconds 340      # 20,000 frames of one game: is memory flat?
+    python scripts/bench play --players 8 --seconds 300 --json play.json
+    python scripts/bench play --players 1 --fps 60 --seconds 340      # 20,000 frames of one game: is memory flat?
 
 Starts a server of its own on a free port. Every player holds another action each half second; latency is from sending
 that to the arrival of the first frame that shows it, as the page measures it. Memory and CPU time are the server's.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when the server did not start or a connection was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--players", type=int, default=8)
@@ -157,7 +158,7 @@ def main() -> int:
     parser.add_argument("--fps", type=float, default=0.0, help="frames/s asked for; 0: the server's")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("rest", nargs="*", help="passed to `python -m worldmodel play` (after --)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     port = free_port()
     command = [sys.executable, "-m", "worldmodel", "play", "--port", str(port), "--max-players",
                str(arguments.players), *arguments.rest]  # fmt: skip
@@ -185,7 +186,3 @@ def main() -> int:
     if arguments.json:
         write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
     return 1 if result["connections_lost"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
