@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 
 from referee.folder import Submission
 from referee.logs import Log
 from referee.model import LIMIT_S, Check, Finding, failed, not_checkable, passed
+from referee.unpack import Layer
 
 RESTORES = ("load_state_dict", "copy_", "restore")
 LEARNS = ("step", "backward")
@@ -97,47 +99,59 @@ def check_evaluate(submission: Submission) -> list[Finding]:
     return judge_seconds("evaluation", stated) or [not_checkable("no log or claim states the time of evaluation")]
 
 
-def warmup_loops(tree: ast.Module) -> list[tuple[ast.For, bool]]:
+def calls_any(nodes: Iterable[ast.AST], names: tuple[str, ...]) -> bool:
+    called = (node.func for top in nodes for node in ast.walk(top) if isinstance(node, ast.Call))
+    return any(isinstance(function, ast.Attribute) and function.attr in names for function in called)
+
+
+def block_of(parent: ast.AST, child: ast.AST) -> list[ast.stmt]:
+    """The list of statements of `parent` that `child` is in."""
+    for name in ("body", "orelse", "finalbody"):
+        block = getattr(parent, name, None)
+        if isinstance(block, list) and any(statement is child for statement in block):
+            return block
+    return []
+
+
+def warmup_loops(layer: Layer) -> list[tuple[ast.For, bool]]:
     """Loops over warmup steps that train, and whether what they changed is put back.
 
-    Put back means: after the loop in the same block, or at the end of the context manager or `try` around it, state is
+    Put back means: after the loop in a block that it is in, or in the context manager or `finally` around it, state is
     loaded or copied.
     """
-    functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    loops = [
+        node
+        for node in layer.nodes
+        if isinstance(node, ast.For) and "warmup_step" in ast.unparse(node.iter) and calls_any([node], LEARNS)
+    ]
+    if not loops:
+        return []
+    parents = {id(child): parent for parent in layer.nodes for child in ast.iter_child_nodes(parent)}
+    functions = {node.name: node for node in layer.nodes if isinstance(node, ast.FunctionDef)}
 
-    def calls(node: ast.AST, names: tuple[str, ...]) -> bool:
-        attributes = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
-        return any(isinstance(f, ast.Attribute) and f.attr in names for f in attributes)
-
-    def restores(statements: list[ast.stmt]) -> bool:
-        return any(calls(statement, RESTORES) for statement in statements)
-
-    def context_restores(node: ast.With) -> bool:
-        for item in node.items:
+    def undone(node: ast.AST, parent: ast.AST) -> bool:
+        block = block_of(parent, node)
+        after = block[[statement is node for statement in block].index(True) + 1 :] if block else []
+        if calls_any(after, RESTORES):
+            return True
+        if isinstance(parent, ast.Try) and calls_any(parent.finalbody, RESTORES):
+            return True
+        for item in parent.items if isinstance(parent, ast.With) else ():
             if isinstance(item.context_expr, ast.Call):
                 called = item.context_expr.func
                 name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-                if name in functions and restores(functions[name].body):
+                if name in functions and calls_any(functions[name].body, RESTORES):
                     return True
         return False
 
     found: list[tuple[ast.For, bool]] = []
-
-    def visit(body: list[ast.stmt], safe: bool) -> None:
-        for place, node in enumerate(body):
-            after = safe or restores(body[place + 1 :])
-            if isinstance(node, ast.For) and "warmup_step" in ast.unparse(node.iter) and calls(node, LEARNS):
-                found.append((node, after))
-                continue
-            inner_safe = after or (isinstance(node, ast.With) and context_restores(node))
-            if isinstance(node, ast.Try):
-                inner_safe = inner_safe or restores(node.finalbody)
-            for name in ("body", "orelse", "finalbody"):
-                inner = getattr(node, name, None)
-                if isinstance(inner, list) and inner and isinstance(inner[0], ast.stmt):
-                    visit(inner, inner_safe)
-
-    visit(tree.body, False)
+    for loop in loops:
+        node: ast.AST = loop
+        safe = False
+        while not safe and id(node) in parents and not isinstance(node, ast.FunctionDef):
+            safe = undone(node, parents[id(node)])
+            node = parents[id(node)]
+        found.append((loop, safe))
     return found
 
 
@@ -145,7 +159,7 @@ def check_outside(submission: Submission) -> list[Finding]:
     """Warmup that learns before the clock, and work on the model after it."""
     findings: list[Finding] = []
     warm = max((log.warmup_steps for log in submission.logs), default=0)
-    loops = [(layer, *one) for layer in submission.layers for one in warmup_loops(layer.tree)]
+    loops = [(layer, *one) for layer in submission.layers for one in warmup_loops(layer)]
     for layer, loop, restored in loops:
         where = f"{layer.name}:{loop.lineno}"
         if restored:

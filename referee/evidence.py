@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from referee.folder import Submission
@@ -23,6 +25,8 @@ FREE_OPTIONS = frozenset(
     "val_files artifact_dir".split()
 )
 PRESET_NAME = "BUNDLED_PRESET"
+OPTIONS_CLASS = "Config"
+STATED_LOSS = re.compile(r"loss[:=]? ?\d")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def check_papers(submission: Submission) -> list[Finding]:
     return findings or [passed(f"program, README.md, {len(submission.logs)} logs and submission.json are here")]
 
 
+@lru_cache(maxsize=128)
 def statements(text: str) -> Counter[str]:
     """Top-level statements of a program as their syntax, without docstrings, imports and the bundled preset."""
     out: Counter[str] = Counter()
@@ -120,20 +125,39 @@ def check_code(submission: Submission) -> list[Finding]:
     return findings or [not_checkable("there is no log")]
 
 
-def bundled_preset(submission: Submission) -> dict[str, Any]:
-    """The configuration that a program carries as a literal; empty if it carries none."""
+def declared_options(submission: Submission) -> dict[str, Any]:
+    """The options of a program that carries its preset: literal defaults of its Config, then the preset over them.
+
+    Empty if the program carries none: then its options are whatever its command line said.
+    """
+    preset: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for layer in submission.layers:
         for node in layer.tree.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-                if node.target.id == PRESET_NAME:
-                    value = ast.literal_eval(node.value)
-                    return value if isinstance(value, dict) else {}
-    return {}
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == PRESET_NAME:
+                value = literal(node.value)
+                preset = value if isinstance(value, dict) else {}
+            if isinstance(node, ast.ClassDef) and node.name == OPTIONS_CLASS:
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                        value = field.value
+                        first = value.args[0] if isinstance(value, ast.Call) and value.args else value
+                        if (default := literal(first)) is not None:
+                            defaults[field.target.id] = default
+    return defaults | preset if preset else {}
+
+
+def literal(node: ast.AST | None) -> Any:
+    """The value of a literal; None for anything else."""
+    try:
+        return ast.literal_eval(node) if isinstance(node, ast.expr) else None
+    except (ValueError, TypeError, SyntaxError):
+        return None
 
 
 def check_config(submission: Submission) -> list[Finding]:
     findings: list[Finding] = []
-    preset = bundled_preset(submission)
+    preset = declared_options(submission)
     logs = [log for log in submission.logs if log.config]
     for log in logs:
         other = [k for k, v in preset.items() if k not in FREE_OPTIONS and log.config.get(k) != v]
@@ -165,7 +189,7 @@ def check_seeds(submission: Submission) -> list[Finding]:
                 findings.append(failed(found, submission.claims.path if submission.claims else "", "add its log"))
     of_losses: dict[str, Log] = {}
     for log in submission.logs:
-        losses = "\n".join(line for line in log.text.splitlines() if "loss" in line)
+        losses = "\n".join(line for line in log.text.splitlines() if STATED_LOSS.search(line))
         first = of_losses.setdefault(losses, log)
         if losses and first.seed != log.seed:
             found = f"{first.name} (seed {first.seed}) and {log.name} (seed {log.seed}) state the same losses throughout"

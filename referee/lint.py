@@ -8,7 +8,7 @@ import sys
 
 from referee.folder import Submission
 from referee.model import Check, Finding, failed, not_checkable, passed
-from referee.unpack import Layer, aliases_of, dotted, resolved
+from referee.unpack import Layer, dotted
 
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 NETWORK_MODULES = {
@@ -33,14 +33,9 @@ def at(layer: Layer, node: ast.AST) -> str:
     return f"{layer.name}:{getattr(node, 'lineno', '?')}"
 
 
-def calls_in(layer: Layer) -> list[tuple[ast.Call, str]]:
-    aliases = aliases_of(layer.tree)
-    return [(node, resolved(node.func, aliases)) for node in ast.walk(layer.tree) if isinstance(node, ast.Call)]
-
-
-def imported_modules(tree: ast.AST) -> list[tuple[ast.stmt, str]]:
+def imported_modules(layer: Layer) -> list[tuple[ast.stmt, str]]:
     found: list[tuple[ast.stmt, str]] = []
-    for node in ast.walk(tree):
+    for node in layer.nodes:
         if isinstance(node, ast.Import):
             found += [(node, item.name) for item in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -89,7 +84,7 @@ def check_imports(submission: Submission) -> list[Finding]:
     findings: list[Finding] = []
     seen: set[str] = set()
     for layer in submission.layers:
-        for node, module in imported_modules(layer.tree):
+        for node, module in imported_modules(layer):
             root = module.split(".")[0]
             if root in sys.stdlib_module_names or root in own or root in seen:
                 continue  # files beside the program are the matter of bytes.siblings
@@ -105,7 +100,7 @@ def check_loading(submission: Submission) -> list[Finding]:
     findings: list[Finding] = []
     for layer in submission.layers:
         wrapper = len(submission.layers) > 1 and layer is not submission.layers[-1]
-        for node, name in calls_in(layer):
+        for node, name in layer.calls:
             options = {k.arg: k.value for k in node.keywords}
             said = options.get("weights_only")
             last = name.split(".")[-1]
@@ -130,10 +125,10 @@ def check_network(submission: Submission) -> list[Finding]:
     findings: list[Finding] = []
     mend = "bring the data before the run; training and evaluation have no network"
     for layer in submission.layers:
-        for node, module in imported_modules(layer.tree):
+        for node, module in imported_modules(layer):
             if module in NETWORK_MODULES or module.split(".")[0] in NETWORK_MODULES:
                 findings.append(failed(f"imports {module}", at(layer, node), mend))
-        for node, name in calls_in(layer):
+        for node, name in layer.calls:
             if name.split(".")[-1] in NETWORK_CALLS:
                 findings.append(failed(f"calls {name}", at(layer, node), mend))
     return findings or clean(submission, "nothing opens a network connection")
@@ -160,7 +155,7 @@ def check_binaries(submission: Submission) -> list[Finding]:
         if fact.name.lower() == "readme.md"
     )
     for layer in submission.layers:
-        for node, name in calls_in(layer):
+        for node, name in layer.calls:
             program = started_program(node, name)
             if program is not None and program not in HARMLESS_PROGRAMS:
                 if program != "?" and program in papers:
@@ -203,7 +198,7 @@ def check_training_data(submission: Submission) -> list[Finding]:
     findings: list[Finding] = []
     mend = "calibrate inside the training clock and ship the result; evaluation reads validation data only"
     for layer in submission.layers:
-        for function in ast.walk(layer.tree):
+        for function in layer.nodes:
             if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
             if SCORES.search(function.name) and "train" not in function.name:

@@ -13,8 +13,9 @@ import bz2
 import lzma
 import platform
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import brotli
@@ -40,6 +41,17 @@ class Layer:
     @property
     def size_bytes(self) -> int:
         return len(self.text.encode())
+
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """Every node of the tree: most checks look at all of them."""
+        return tuple(ast.walk(self.tree))
+
+    @cached_property
+    def calls(self) -> tuple[tuple[ast.Call, str], ...]:
+        """Every call with the dotted name of what it calls, aliases undone."""
+        aliases = aliases_of(self.nodes)
+        return tuple((node, resolved(node.func, aliases)) for node in self.nodes if isinstance(node, ast.Call))
 
 
 def _bounded_lzma(data: bytes, **options: Any) -> bytes:
@@ -87,10 +99,10 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
-def aliases_of(tree: ast.Module) -> dict[str, str]:
-    """What each imported name of a module stands for: {'L': 'lzma', 'b85decode': 'base64.b85decode'}."""
+def aliases_of(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    """What each imported name stands for: {'L': 'lzma', 'b85decode': 'base64.b85decode'}."""
     known: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for item in node.names:
                 known[item.asname or item.name.split(".")[0]] = item.name if item.asname else item.name.split(".")[0]
@@ -110,10 +122,10 @@ def resolved(node: ast.AST, aliases: dict[str, str]) -> str:
 class Interpreter:
     """Evaluates a packer's expressions. Raises CannotUnpack for everything else."""
 
-    def __init__(self, tree: ast.Module) -> None:
-        self.aliases = aliases_of(tree)
+    def __init__(self, layer: Layer) -> None:
+        self.aliases = aliases_of(layer.nodes)
         self.bound: dict[str, ast.expr] = {}
-        for node in tree.body:
+        for node in layer.tree.body:
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
                 self.bound[node.targets[0].id] = node.value
 
@@ -194,6 +206,7 @@ def parsed(text: str, name: str) -> tuple[ast.Module | None, str]:
         return None, f"{name}: Python {version} does not parse line {line} ({getattr(error, 'msg', error)})"
 
 
+@lru_cache(maxsize=8)
 def unpack(data: bytes, name: str) -> Unpacked:
     """The program in a file and those packed in it, without running anything."""
     text = text_of(data + b"\n" * MIN_LAYER_BYTES)
@@ -206,12 +219,11 @@ def unpack(data: bytes, name: str) -> Unpacked:
     closed: list[str] = []
     unparsed: list[str] = []
     for layer in layers:
-        inside = Interpreter(layer.tree)
+        inside = Interpreter(layer)
         inner_of_others: set[int] = set()
-        for node in ast.walk(layer.tree):
-            if not isinstance(node, ast.Call) or id(node) in inner_of_others:
+        for node, called in layer.calls:
+            if id(node) in inner_of_others:
                 continue
-            called = resolved(node.func, inside.aliases)
             runs_text = called in ("exec", "eval", "builtins.exec")
             if called not in DECOMPRESSORS and not runs_text:
                 continue

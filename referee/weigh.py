@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import lzma
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from referee.folder import FileFact, Submission
@@ -46,16 +47,16 @@ def siblings_used(submission: Submission) -> list[SiblingUse]:
         if fact.path != submission.entry and fact.kind in ("code", "blob", "paper"):
             by_name.setdefault(fact.name, fact)
     used: dict[str, SiblingUse] = {}
-    queue = [(layer.name, layer.tree) for layer in submission.layers]
+    queue: list[tuple[str, Iterable[ast.AST]]] = [(layer.name, layer.nodes) for layer in submission.layers]
     while queue:
-        where, tree = queue.pop()
-        for node in ast.walk(tree):
+        where, nodes = queue.pop()
+        for node in nodes:
             found: list[tuple[FileFact, str]] = []
             for parts in imported_paths(node):
                 for path in ("/".join(parts) + ".py", "/".join((*parts, "__init__.py"))):
                     if parts and path in by_path and path != submission.entry:
                         found.append((by_path[path], "imports"))
-            if isinstance(node, ast.Call):
+            if by_name and isinstance(node, ast.Call):
                 inside = [*node.args, *(keyword.value for keyword in node.keywords)]
                 constants = [inner for argument in inside for inner in ast.walk(argument)]
                 found += [(by_name[n], "names") for c in constants if (n := names_a_file(c)) in by_name]
@@ -65,7 +66,7 @@ def siblings_used(submission: Submission) -> list[SiblingUse]:
                     if fact.path.endswith(".py"):
                         text = (submission.root / fact.path).read_text(encoding="utf-8", errors="replace")
                         try:
-                            queue.append((fact.path, ast.parse(text)))
+                            queue.append((fact.path, list(ast.walk(ast.parse(text)))))
                         except (SyntaxError, ValueError):
                             continue
     return sorted(used.values(), key=lambda use: use.file.path)
