@@ -57,6 +57,11 @@ bundle: $(STAMP)  ## dist/jepa_mamba/: one train_gpt.py and its papers (PRESET=s
 verify-artifact-size: $(STAMP)  ## code + weights against 16,000,000 bytes, by tensor group (ARTIFACT=file, PRESET=seed_bpe)
 	$(PY) scripts/verify_artifact_size.py $(if $(PRESET),--preset $(PRESET)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) $(ARGS)
 
+.PHONY: verify-submission
+verify-submission: $(STAMP)  ## is a submission folder what it claims? (DIR=dist/jepa_mamba, RUNS='runs/a runs/b', DATA=folder, AGAINST=record)
+	PYTHONPATH=. $(PY) scripts/verify_submission.py $(or $(DIR),dist/jepa_mamba) $(if $(DATA),--data $(DATA)) $(if $(RUNS),--runs $(RUNS)) \
+		$(if $(AGAINST),--against $(AGAINST)) $(ARGS)
+
 .PHONY: readme
 readme: $(STAMP)  ## write the generated tables of README.md anew (RUNS=runs/demo adds a run)
 	$(PY) scripts/readme_tables.py $(if $(RUNS),--runs $(RUNS)) $(ARGS)

@@ -152,7 +152,9 @@ def converse(
             dialogue.events = dialogue.events[1:]
 
 
-def verify(case: Case, families: Collection[str] = FAMILIES, limit_s: float = RUN_LIMIT_S, threads: int = 2) -> list[Row]:
+def verify(
+    case: Case, families: Collection[str] = FAMILIES, limit_s: float = RUN_LIMIT_S, threads: int = 2
+) -> list[Row]:
     """Observe and judge: one row per check of the asked families."""
     observe(case, families, limit_s, threads)
     return run_checks([check for check in CHECKS if check.family in families], case)

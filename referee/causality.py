@@ -129,7 +129,9 @@ def first_change(before_N: np.ndarray, after_N: np.ndarray) -> int | None:
 def judge_future(probes: list[Probe], answers: list[np.ndarray]) -> list[Finding]:
     findings: list[Finding] = []
     compared, moved = 0, False
-    mend = "a score may depend on earlier tokens only: look for masks, windows, convolutions and statistics over the whole"
+    mend = (
+        "a score may depend on earlier tokens only: look for masks, windows, convolutions and statistics over the whole"
+    )
     for probe, nats_N in zip(probes, answers):
         if probe.kind not in ("suffix", "token"):
             continue
@@ -184,7 +186,9 @@ def judge_isolation(facts: dict[str, Any], probes: list[Probe], answers: list[np
         start = probe.place  # nats[place] is of the second document's first token after its BOS
         change = first_change(answers[probe.of][start:], nats_N[start:])
         if change is None:
-            return [passed(f"another first document leaves {len(nats_N) - start:,} scores of the second bitwise the same")]
+            return [
+                passed(f"another first document leaves {len(nats_N) - start:,} scores of the second bitwise the same")
+            ]
         mend = "reset state, convolution inputs and attention at every document, or do not claim isolation"
         found = f"another first document changes the score of token {change + 1} of the second"
         return [failed(found, f"mode {probe.mode}", mend)]
@@ -210,7 +214,9 @@ def judge_order(facts: dict[str, Any], probes: list[Probe], events: list[list[li
                     findings.append(failed(found, f"probe {probe.kind}", mend))
                 scored, fresh = event[2], True
             elif not fresh:
-                findings.append(failed(f"a step before any token was scored (at {scored})", f"probe {probe.kind}", mend))
+                findings.append(
+                    failed(f"a step before any token was scored (at {scored})", f"probe {probe.kind}", mend)
+                )
         if scored != targets and not findings:
             findings.append(failed(f"{scored} of {targets} tokens reported as scored", f"probe {probe.kind}", mend))
         if findings:

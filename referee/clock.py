@@ -70,7 +70,9 @@ def check_train(submission: Submission) -> list[Finding]:
     fallback = next((limit for log in submission.logs if (limit := limit_of(submission, log))), None)
     fallback = fallback if fallback is not None or not submission.record_track else LIMIT_S
     stated += [(seconds, where, fallback) for seconds, where in claimed_seconds(submission, "train")]
-    return judge_seconds("training", stated) or [not_checkable("neither a log nor submission.json states training time")]
+    return judge_seconds("training", stated) or [
+        not_checkable("neither a log nor submission.json states training time")
+    ]
 
 
 def check_claimed_seconds(submission: Submission) -> list[Finding]:

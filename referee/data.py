@@ -8,6 +8,7 @@ Letters: N tokens, V entries of a vocabulary.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Iterator
@@ -151,7 +152,7 @@ def documents(shards: tuple[ShardFact, ...], bos_id: int) -> Iterator[np.ndarray
         head = [*rest, tokens_N[: starts[0]]]
         if sum(map(len, head)):
             yield np.concatenate(head)
-        for start, end in zip(starts[:-1], starts[1:]):
+        for start, end in itertools.pairwise(starts):
             yield tokens_N[start:end]
         rest = [tokens_N[starts[-1] :]]
     if sum(map(len, rest)):

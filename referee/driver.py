@@ -2,14 +2,16 @@
 
     python driver.py TRAIN_GPT ARTIFACT WORK_FOLDER
 
-It knows nothing of what is asked or why. It says in one JSON line what the hook offers, reads the name of a request file
-from standard input, and answers it. A request is `request.json` with the scoring mode and length of each stream, and
-`request.u16` with their tokens one after another; the answer is `answer.f64` with one float64 of nats for every token but
-the first of each stream, and `answer.json` with what was seen on the way (optimizer steps, reports of scored tokens).
+It knows nothing of what is asked or why. It says in one JSON line what the hook offers, waits for a line on standard
+input, and answers the request that then lies in the work folder: `request.json` with the scoring mode and length of
+each stream, `request.u16` with their tokens one after another. The answer is `answer.f64`, one float64 of nats for
+every token but the first of each stream, and a JSON line with what was seen on the way (optimizer steps, reports of
+scored tokens).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -25,7 +27,8 @@ FACTS = ("modes", "vocab_size", "bos_id", "isolates_documents", "window", "learn
 
 def load_program(path: str) -> Any:
     spec = importlib.util.spec_from_file_location("entry_under_test", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules["entry_under_test"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -34,9 +37,9 @@ def load_program(path: str) -> Any:
 
 def watch_optimizers(seen: list[list[Any]]) -> None:
     """Every optimizer step of torch, whoever calls it, is written into `seen` before it happens."""
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: seen.append(["step"]))
+    if "torch" in sys.modules:
+        optimizer = importlib.import_module("torch.optim.optimizer")
+        optimizer.register_optimizer_step_pre_hook(lambda *_: seen.append(["step"]))
 
 
 def answer(hook: dict[str, Any], work: Path, seen: list[list[Any]]) -> dict[str, Any]:

@@ -13,16 +13,26 @@ from typing import Any
 from referee.folder import Submission
 from referee.logs import Log, Result
 from referee.model import (
-    RECORD_MARGIN_NATS, RECORD_P, RECORD_SEEDS, Check, Finding, failed, not_checkable, passed,
+    RECORD_MARGIN_NATS,
+    RECORD_P,
+    RECORD_SEEDS,
+    Check,
+    Finding,
+    failed,
+    not_checkable,
+    passed,
 )  # fmt: skip
 
 REQUIRED_FIELDS = ("name", "author", "github_id", "date", "val_bpb")
 # Options that may differ between the runs of one configuration: names, places, machines, and what is only speed.
 FREE_OPTIONS = frozenset(
-    "seed run_id runs_dir data_path data_dir datasets_dir tokenizer_path device kernels compile_model "
-    "micro_batch_tokens val_batch_size train_log_every checkpoint_every checkpoint_keep eval_lanes warmup_steps "
-    "logfile local_rank rank world_size distributed is_main_process model_path quantized_model_path train_files "
-    "val_files artifact_dir".split()
+    {
+        *("seed", "run_id", "runs_dir", "logfile", "artifact_dir", "model_path", "quantized_model_path"),
+        *("data_path", "data_dir", "datasets_dir", "tokenizer_path", "train_files", "val_files"),
+        *("device", "kernels", "compile_model", "local_rank", "rank", "world_size", "distributed", "is_main_process"),
+        *("micro_batch_tokens", "val_batch_size", "eval_lanes", "warmup_steps", "train_log_every"),
+        *("checkpoint_every", "checkpoint_keep"),
+    }
 )
 PRESET_NAME = "BUNDLED_PRESET"
 OPTIONS_CLASS = "Config"
@@ -83,8 +93,10 @@ def statements(text: str) -> Counter[str]:
 
 def first_difference(one: Counter[str], other: Counter[str]) -> str:
     for text in (one - other) | (other - one):
-        name = text.split("name='", 1)
-        return f"{'def ' if text.startswith('FunctionDef') else ''}{name[1].split(chr(39))[0] if len(name) > 1 else text[:60]}"
+        for mark in ("name='", "id='"):
+            if mark in text:
+                return text.split(mark, 1)[1].split("'")[0]
+        return text[:60]
     return ""
 
 
@@ -192,7 +204,9 @@ def check_seeds(submission: Submission) -> list[Finding]:
         losses = "\n".join(line for line in log.text.splitlines() if STATED_LOSS.search(line))
         first = of_losses.setdefault(losses, log)
         if losses and first.seed != log.seed:
-            found = f"{first.name} (seed {first.seed}) and {log.name} (seed {log.seed}) state the same losses throughout"
+            found = (
+                f"{first.name} (seed {first.seed}) and {log.name} (seed {log.seed}) state the same losses throughout"
+            )
             findings.append(failed(found, log.name, "give the log of each run"))
     count = len(set(claimed) or set(logged))
     if not count and len(submission.logs) > 1:
@@ -251,7 +265,9 @@ def check_numbers(submission: Submission) -> list[Finding]:
             findings.append(passed(found, log.name) if steps == log.steps else failed(found, log.name, mend))
         tokens, batch = one.get("tokens"), log.config.get("train_batch_tokens")
         if isinstance(tokens, int) and isinstance(batch, int) and log.steps is not None and tokens != batch * log.steps:
-            found = f"{label}{tokens:,} training tokens claimed; {log.steps:,} steps of {batch:,} are {batch * log.steps:,}"
+            found = (
+                f"{label}{tokens:,} training tokens claimed; {log.steps:,} steps of {batch:,} are {batch * log.steps:,}"
+            )
             findings.append(failed(found, log.name, mend))
 
     for seed, one in claims.seeds.items():
@@ -279,7 +295,8 @@ def check_numbers(submission: Submission) -> list[Finding]:
 
 
 def student_tail(t: float, freedom: float) -> float:
-    """P(T > t) of Student's t by the continued fraction of the incomplete beta function (Abramowitz & Stegun 26.5.8)."""
+    """P(T > t) of Student's t by the continued fraction of the incomplete beta function (Abramowitz & Stegun
+    26.5.8)."""
     x = freedom / (freedom + t * t)
     a, b = freedom / 2.0, 0.5
     if x >= 1.0:
@@ -303,9 +320,7 @@ def student_tail(t: float, freedom: float) -> float:
                 break
         return out
 
-    front = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
     tail = front * fraction(a, b, x) / a if x < (a + 1) / (a + b + 2) else 1.0 - front * fraction(b, a, 1.0 - x) / b
     return tail / 2.0 if t > 0 else 1.0 - tail / 2.0
 

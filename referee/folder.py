@@ -1,7 +1,7 @@
 """A submission folder, read once: files, program, claims, logs, weights.
 
-Nothing of the folder is executed here. JSON that cannot be read, a missing file or a binary in a text's clothes are facts
-of the folder and end in findings, not in exceptions.
+Nothing of the folder is executed here. JSON that cannot be read, a missing file or a binary in a text's clothes are
+facts of the folder and end in findings, not in exceptions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,20 @@ from referee.logs import Log, parse_log
 from referee.unpack import Layer, Unpacked, unpack
 
 ENTRY_NAMES = ("train_gpt.py",)
-WEIGHT_SUFFIXES = (".artifact", ".ptz", ".pt", ".pth", ".safetensors", ".npz", ".br", ".xz", ".lzma", ".zst", ".bin", ".gz")
+WEIGHT_SUFFIXES = (
+    ".artifact",
+    ".ptz",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".npz",
+    ".br",
+    ".xz",
+    ".lzma",
+    ".zst",
+    ".bin",
+    ".gz",
+)
 PAPER_SUFFIXES = (".md", ".txt", ".log", ".json", ".jsonl", ".tsv", ".csv", ".toml", ".yaml", ".yml", ".ipynb")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".gif", ".pdf")
 CODE_SUFFIXES = (".py", ".sh", ".cpp", ".cc", ".cu", ".cuh", ".h", ".c", ".rs", ".so", ".pyc", ".pyx")

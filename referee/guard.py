@@ -1,8 +1,9 @@
 """What watches a process of the folder under test: sockets are refused, opened files and started programs written down.
 
-`stage.py` writes this file's text into an empty folder as `sitecustomize.py`, with a call of `install_guard` below it, and
-puts that folder on PYTHONPATH: Python imports it before anything of the submission runs. An audit hook cannot be removed
-again. It sees what Python does; native code that opens a socket is stopped by the network namespace, where one can be had.
+`stage.py` writes this file's text into an empty folder as `sitecustomize.py`, with a call of `install_guard` below
+it, and puts that folder on PYTHONPATH: Python imports it before anything of the submission runs. An audit hook cannot
+be removed again. It sees what Python does; native code that opens a socket is stopped by the network namespace, where
+one can be had.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import sys
 
 SOCKET_EVENTS = (
-    "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr",
+    "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname",
+    "socket.gethostbyaddr",
 )  # fmt: skip
 
 
@@ -36,7 +38,9 @@ def install_guard(report: str, quiet: list[str]) -> None:
                 writes = bool(flags & (os.O_WRONLY | os.O_RDWR)) if isinstance(flags, int) else "r" not in (mode or "r")
                 say(event="open", path=path, write=writes)
         elif event in SOCKET_EVENTS:
-            address = arguments[1] if event in ("socket.connect", "socket.bind") and len(arguments) > 1 else arguments[0]
+            address = (
+                arguments[1] if event in ("socket.connect", "socket.bind") and len(arguments) > 1 else arguments[0]
+            )
             family = getattr(arguments[0], "family", None)
             if family is not None and family.name == "AF_UNIX":
                 return

@@ -20,7 +20,9 @@ def check_shards(case: Any) -> list[Finding]:
         return [not_checkable(NO_DATA)]
     shards = [*data.train, *data.val]
     findings = [
-        failed(shard.fault, str(shard.path), "delete it and make or download it again") for shard in shards if shard.fault
+        failed(shard.fault, str(shard.path), "delete it and make or download it again")
+        for shard in shards
+        if shard.fault
     ]
     for shard in shards:
         tokens_N = shard.tokens_N()

@@ -15,7 +15,14 @@ NETWORK_MODULES = {
     "requests", "httpx", "aiohttp", "socket", "ftplib", "smtplib", "http.client", "urllib.request", "urllib3", "boto3",
     "paramiko", "wandb", "gdown",
 }  # fmt: skip
-NETWORK_CALLS = {"hf_hub_download", "snapshot_download", "load_dataset", "urlopen", "urlretrieve", "load_state_dict_from_url"}
+NETWORK_CALLS = {
+    "hf_hub_download",
+    "snapshot_download",
+    "load_dataset",
+    "urlopen",
+    "urlretrieve",
+    "load_state_dict_from_url",
+}
 # Programs that only describe the machine or the checkout.
 HARMLESS_PROGRAMS = {"nvidia-smi", "git", "lscpu", "uname", "hostname"}
 # What the challenge's own image has (its requirements.txt), by import name.
@@ -178,9 +185,9 @@ def mentions_training_data(node: ast.AST) -> ast.AST | None:
             name = inner.id if isinstance(inner, ast.Name) else inner.attr
             if TRAIN_DATA.search(name):
                 return inner
-        if isinstance(inner, ast.Constant) and isinstance(inner.value, str) and len(inner.value) < 80:
-            if "_train_" in inner.value and not any(c.isspace() for c in inner.value):
-                return inner
+        text = inner.value if isinstance(inner, ast.Constant) else None
+        if isinstance(text, str) and "_train_" in text and len(text) < 80 and not any(c.isspace() for c in text):
+            return inner
     return None
 
 
@@ -206,7 +213,9 @@ def check_training_data(submission: Submission) -> list[Finding]:
                 if place is not None:
                     shown = ast.unparse(place)[:40]
                     findings.append(failed(f"{function.name} reads `{shown}`", at(layer, place), mend))
-            ended = [i for i, s in enumerate(function.body) if isinstance(s, (ast.For, ast.While)) and has_training_loop(s)]
+            ended = [
+                i for i, s in enumerate(function.body) if isinstance(s, (ast.For, ast.While)) and has_training_loop(s)
+            ]
             tainted: set[str] = set()
             for statement in function.body[ended[-1] + 1 :] if ended else []:
                 for node in ast.walk(statement):
@@ -232,5 +241,9 @@ CHECKS = (
 )
 STAGED = (
     Check("staged.compiled", "the program compiles, and what is packed can be read without running it", check_compiled),
-    Check("staged.imports", "every import is in the standard library, the challenge's image or requirements.txt", check_imports),
+    Check(
+        "staged.imports",
+        "every import is in the standard library, the challenge's image or requirements.txt",
+        check_imports,
+    ),
 )

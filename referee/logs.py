@@ -1,8 +1,9 @@
 """Training logs of the challenge's common shapes, parsed into what they state.
 
 Two shapes are known: those of the challenge's baseline and its descendants (the code, a rule of `=`, then lines such as
-`step:100/200 train_loss:..`, `final_... val_loss:.. val_bpb:.. eval_time:..ms`), and those of latent-golf (the source of
-every module under a rule with its name, JSON lines with versions and configuration, then `trained N steps in S s`).
+`step:100/200 train_loss:..`, `final_... val_loss:.. val_bpb:.. eval_time:..ms`), and those of latent-golf (the source
+of every module under a rule with its name, JSON lines with versions and configuration, then `trained N steps in S
+s`).
 """
 
 from __future__ import annotations

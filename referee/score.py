@@ -1,7 +1,7 @@
 """Score: the artifact scored again, by the program in a fresh process and by the referee's own arithmetic.
 
-The referee's own bits per byte come from the nats of every token that the program's hook gives and from the bytes that the
-referee counts itself.
+The referee's own bits per byte come from the nats of every token that the program's hook gives and from the bytes
+that the referee counts itself.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def vocabulary_named(submission: Submission) -> int | None:
             data = str(log.config.get("data_path") or log.config.get("datasets_dir") or "")
             return int(log.config["vocab_size"]) if "fineweb" in data else None
     claims = submission.claims
-    text = f"{submission.root.name} {claims.raw.get('name') if claims else ''} {claims.raw.get('blurb') if claims else ''}"
+    text = (
+        f"{submission.root.name} {claims.raw.get('name') if claims else ''} {claims.raw.get('blurb') if claims else ''}"
+    )
     for log in submission.logs:
         text += log.text[:20_000]
     named = [size for size, names in VOCABULARY_NAMES.items() if any(name in text.lower() for name in names)]
@@ -171,7 +173,9 @@ def check_invariant(case: Any) -> list[Finding]:
             continue
         per_token = loss / (math.log(2.0) * bpb)
         if isinstance(tokens, int) and isinstance(size, int) and tokens > 0 and size > 0:
-            found = f"{label}{tokens:,} tokens x loss / (ln 2 x bpb) = {tokens * per_token:,.1f} bytes; {size:,} claimed"
+            found = (
+                f"{label}{tokens:,} tokens x loss / (ln 2 x bpb) = {tokens * per_token:,.1f} bytes; {size:,} claimed"
+            )
             right = abs(tokens * per_token - size) <= 1e-6 * size
             findings.append(passed(found, where) if right else failed(found, where, mend))
         elif known is not None:
@@ -187,7 +191,8 @@ def check_invariant(case: Any) -> list[Finding]:
                 right = abs(per_token / known - 1.0) <= INVARIANT_TOLERANCE
                 where = f"{log.name}:{finals[-1].line}"
                 findings.append(passed(found, where) if right else failed(found, where, mend))
-    return findings or [not_checkable("no claim has loss and bpb of a known text (FineWeb's sp1024 or sp8192, or own counts)")]
+    why = "no claim has loss and bpb of a known text (FineWeb's sp1024 or sp8192, or own counts)"
+    return findings or [not_checkable(why)]
 
 
 def check_coverage(case: Any) -> list[Finding]:
@@ -211,10 +216,12 @@ def check_coverage(case: Any) -> list[Finding]:
             nats_N = dialogue.validation_nats
             silent = np.flatnonzero(~(nats_N > 0.0) | ~np.isfinite(nats_N))
             if len(silent):
-                found = f"{len(silent):,} tokens have no score of their own (0 nats or none), the first is {silent[0] + 1:,}"
+                found = f"{len(silent):,} tokens have no score (0 nats or none), the first is {silent[0] + 1:,}"
                 findings.append(failed(found, f"mode {dialogue.mode}", mend))
             else:
-                findings.append(passed(f"each of {len(nats_N):,} tokens costs more than 0 nats", f"mode {dialogue.mode}"))
+                findings.append(
+                    passed(f"each of {len(nats_N):,} tokens costs more than 0 nats", f"mode {dialogue.mode}")
+                )
     full = {1024: 62_021_632, 8192: 40_540_160}.get(vocabulary_named(case.submission) or 0)
     for log in case.submission.logs:
         if log.val_tokens is not None and full is not None:

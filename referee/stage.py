@@ -1,8 +1,8 @@
 """The staged run: the folder copied to an empty place, its program run there without network, watched.
 
-Layout of a stage: `source/` the folder without logs and weights, made read-only and hashed before and after; `data/` links
-to the shards given (for the smoke run, a few thousand tokens of them); `weights/`; `work/` the current directory; `home/`,
-`tmp/`; `guard/` the watcher. Everything is removed afterwards.
+Layout of a stage: `source/` the folder without logs and weights, made read-only and hashed before and after; `data/`
+links to the shards given (for the smoke run, a few thousand tokens of them); `weights/`; `work/` the current
+directory; `home/`, `tmp/`; `guard/` the watcher. Everything is removed afterwards.
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ class Stage:
     def _command(self, arguments: list[str]) -> list[str]:
         return [*self.wrapper, sys.executable, "-s", "-B", *arguments]
 
-    def _start(self, arguments: list[str], extra: dict[str, str], stdin: int, out: IO, err: IO) -> subprocess.Popen[str]:
+    def _start(
+        self, arguments: list[str], extra: dict[str, str], stdin: int, out: IO, err: IO
+    ) -> subprocess.Popen[str]:
         if self.report.exists():
             self.report.unlink()
         return subprocess.Popen(
@@ -227,7 +229,8 @@ class Stage:
             process = self._start(arguments, {}, subprocess.PIPE, subprocess.PIPE, err)  # pyright: ignore[reportArgumentType]
             stopper = threading.Timer(limit_s, process.kill)
             stopper.start()
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 line = process.stdout.readline()
                 if line:

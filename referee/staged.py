@@ -59,11 +59,12 @@ def check_readonly(case: Any) -> list[Finding]:
     if not runs:
         return [not_checkable("nothing was run")]
     mend = "write into the current directory or a folder given by an option"
-    findings = [
-        failed(f"the source tree changed: {', '.join(ran.changed[:5])}", f"{ran.what} run", mend)
-        for ran in runs
-        if ran.changed
-    ]
+    findings: list[Finding] = []
+    for ran in runs:
+        source = str(Path(ran.stage) / "source") + "/"
+        tried = {e["path"].removeprefix(source) for e in ran.events if e.get("write") and e["path"].startswith(source)}
+        if written := sorted({*ran.changed, *tried}):
+            findings.append(failed(f"wrote {', '.join(written[:5])} into the source tree", f"{ran.what} run", mend))
     return findings or [passed(f"{len(runs)} runs left every file of the source tree as it was")]
 
 
@@ -76,7 +77,9 @@ def check_outside(case: Any) -> list[Finding]:
     mend = "everything that the program uses is in it, in a declared package, in the data folder or in the artifact"
     for ran in runs:
         source = str(Path(ran.stage) / "source") + "/"
-        allowed = tuple(str(Path(ran.stage) / name) + "/" for name in ("data", "smoke", "work", "tmp", "home", "weights"))
+        allowed = tuple(
+            str(Path(ran.stage) / name) + "/" for name in ("data", "smoke", "work", "tmp", "home", "weights")
+        )
         seen: set[str] = set()
         for event in ran.events:
             path = event.get("path", "")
@@ -89,7 +92,11 @@ def check_outside(case: Any) -> list[Finding]:
                 continue
             if event["event"] not in ("open", "library") or path.startswith(allowed) or path in seen:
                 continue
-            if path == source + str(case.submission.entry) and not event.get("write"):
+            if event.get("write") and path.startswith(source):
+                continue  # the matter of staged.readonly
+            # Python looks for the program's cache beside it; none is staged.
+            own = (source + str(case.submission.entry), source + "__pycache__/")
+            if path.startswith(own) and not event.get("write"):
                 continue
             seen.add(path)
             shown = path.removeprefix(source) if path.startswith(source) else path
@@ -110,7 +117,9 @@ def check_training_data(case: Any) -> list[Finding]:
         for event in ran.events
         if event["event"] == "open" and "_train_" in Path(event["path"]).name
     ]
-    return findings[:3] or [passed(f"{len(runs)} scoring runs opened no training shard, though they lay beside validation")]
+    return findings[:3] or [
+        passed(f"{len(runs)} scoring runs opened no training shard, though they lay beside validation")
+    ]
 
 
 CHECKS = (

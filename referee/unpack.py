@@ -178,8 +178,8 @@ class Interpreter:
 class Unpacked:
     """The programs of a file, outermost first, and what kept others from being read.
 
-    closed: packed expressions that could not be opened. unparsed: program text that was opened but is written for another
-    version of Python than this one.
+    closed: packed expressions that could not be opened. unparsed: program text that was opened but is written for
+    another version of Python than this one.
     """
 
     layers: tuple[Layer, ...]

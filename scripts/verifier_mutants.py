@@ -1,17 +1,17 @@
 """Tests the referee by lying to it: plants one fault at a time in a good submission and sees which checks fail.
 
-    python scripts/verifier_mutants.py                    # every mutant, on two cores some minutes; writes docs/VERIFIER.md
+    python scripts/verifier_mutants.py              # every mutant, minutes on two cores; writes docs/VERIFIER.md
     python scripts/verifier_mutants.py --names leaked_document peeking_model
 
 The submission is our own: three seeds of a tiny model are trained on a small text by the real entry, bundled by
-`scripts/bundle.py`, and put beside a record that they beat. A mutant is killed if the check named for it fails. A fault in
-the program is *resealed*: sizes in submission.json and sources in the logs follow it, as a careful cheat would see to.
+`scripts/bundle.py`, and put beside a record that they beat. A mutant is killed if the check named for it fails. A
+fault in the program is *resealed*: sizes in submission.json and sources in the logs follow it, as a careful cheat
+would see to.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import base64
 import hashlib
 import json
@@ -36,7 +36,7 @@ from referee.case import CHECKS, FAMILIES, Case, failures, verify
 from referee.data import HEADER, MAGIC, VERSION, read_data
 from referee.evidence import runs_of
 from referee.folder import read_submission
-from referee.model import LIMIT_BYTES, Verdict
+from referee.model import LIMIT_BYTES
 from scripts.bundle import ROOT, write_dist
 from scripts.prepare_text import main as prepare_text
 
@@ -54,8 +54,8 @@ TINY = {
 }  # fmt: skip
 STATIC = ("bytes", "lineage", "time", "evidence", "lint")
 ABOUT = {
-    "name": "tiny", "author": "nobody", "github_id": "nobody", "blurb": "a submission to be mutated", "date": "2026-01-01",
-    "track": "track_10min_16mb",
+    "name": "tiny", "author": "nobody", "github_id": "nobody", "blurb": "a submission to be mutated",
+    "date": "2026-01-01", "track": "track_10min_16mb",
 }  # fmt: skip
 
 
@@ -199,7 +199,16 @@ def make_bench(root: Path) -> Bench:
     arguments = ["--source", str(root / "text"), "--out", str(bench.data), "--tokenizer", "bpe", "--vocab-size"]
     if prepare_text([*arguments, str(VOCAB_SIZE), "--val-fraction", "0.2", "--workers", "1"]) != 0:
         raise GolfError("prepare_text made no data")
-    common = ["--preset", str(preset), "--data_path", str(bench.data), "--runs_dir", str(root / "runs"), "--device", "cpu"]
+    common = [
+        "--preset",
+        str(preset),
+        "--data_path",
+        str(bench.data),
+        "--runs_dir",
+        str(root / "runs"),
+        "--device",
+        "cpu",
+    ]
     calls = [[*common, "--seed", str(seed), "--run_id", f"seed{seed}"] for seed in SEEDS]
     program = "import json, sys\nfrom submissions.jepa_mamba.train_gpt import main\n"
     program += "sys.exit(max(main(call) for call in json.loads(sys.argv[1])))"
@@ -364,8 +373,8 @@ def claimed_bytes(b: Bench) -> None:
 
 
 def capped_validation(b: Bench) -> None:
-    b.edit_program("    validation = open_validation(pattern, tokenizer, config.vocab_size)\n    scores = {",
-                   "    validation = open_validation(pattern, tokenizer, config.vocab_size).first(512)\n    scores = {")  # fmt: skip
+    line = "    validation = open_validation(pattern, tokenizer, config.vocab_size)"
+    b.edit_program(f"{line}\n    scores = {{", f"{line}.first(512)\n    scores = {{")
 
 
 def off_by_one_window(b: Bench) -> None:
@@ -382,14 +391,15 @@ def in_nll(b: Bench, statement: str) -> None:
     b.edit_program("        return nll_N.view(y_BT.shape)\n", f"        return {statement}\n")
 
 
+EMBEDS = "        x_BTD = self.token_embed(ids_BT)\n"
+
+
 def peeking_model(b: Bench) -> None:
-    b.edit_program("        x_BTD = self.token_embed(ids_BT)\n",
-                   "        x_BTD = self.token_embed(ids_BT)\n        x_BTD = x_BTD + 0.01 * x_BTD.roll(-1, 1)\n")  # fmt: skip
+    b.edit_program(EMBEDS, EMBEDS + "        x_BTD = x_BTD + 0.01 * x_BTD.roll(-1, 1)\n")
 
 
 def window_statistics(b: Bench) -> None:
-    b.edit_program("        x_BTD = self.token_embed(ids_BT)\n",
-                   "        x_BTD = self.token_embed(ids_BT)\n        x_BTD = x_BTD - 0.01 * x_BTD.mean(1, True)\n")  # fmt: skip
+    b.edit_program(EMBEDS, EMBEDS + "        x_BTD = x_BTD - 0.01 * x_BTD.mean(1, True)\n")
 
 
 def better_of_two(b: Bench) -> None:
@@ -397,10 +407,9 @@ def better_of_two(b: Bench) -> None:
 
 
 def leaking_state(b: Bench) -> None:
-    b.edit_program("            self.D,\n            initial_state_BHPN=surviving(state.second, documents) if state else None,\n"
-                   "            document_ids_BT=documents.now_BT if documents else None,\n",
-                   "            self.D,\n            initial_state_BHPN=state.second if state else None,\n"
-                   "            document_ids_BT=None,\n")  # fmt: skip
+    scan, ids = "            self.D,\n            initial_state_BHPN=", "            document_ids_BT="
+    good = f"surviving(state.second, documents) if state else None,\n{ids}documents.now_BT if documents else None,\n"
+    b.edit_program(scan + good, f"{scan}state.second if state else None,\n{ids}None,\n")
 
 
 LEARNER = """def learn_from(lm: Any, tokens: np.ndarray) -> None:
@@ -484,8 +493,7 @@ def changed_shard(b: Bench) -> None:
 
 def other_tokenizer(b: Bench) -> None:
     with open(b.data / "tokenizer.model", "ab") as file:
-        file.write(b"\x00" * 0 + b"\x9a\x06\x01a")  # an unknown field: the model still loads
-    return None
+        file.write(b"\x9a\x06\x01a")  # an unknown field: the model still loads
 
 
 def slow_training(b: Bench) -> None:
@@ -575,7 +583,8 @@ WRONG_SCORE = ("score.rescored", "score.own")
 MUTANTS = (
     Mutant("one_byte_over", "bytes.counted", "comments fill the budget and one byte more", one_byte_over),
     Mutant("code_bytes_off", "bytes.claimed", "bytes_code is one less", lambda b: b.top(bytes_code=lambda v: v - 1)),
-    Mutant("total_bytes_off", "bytes.claimed", "bytes_total is 100 less", lambda b: b.top(bytes_total=lambda v: v - 100)),
+    Mutant("total_bytes_off", "bytes.claimed", "bytes_total is 100 less",
+           lambda b: b.top(bytes_total=lambda v: v - 100)),
     Mutant("artifact_bytes_off", "bytes.claimed", "one seed's artifact is claimed 10 bytes smaller",
            lambda b: b.of_seed(2, artifact_bytes=lambda v: v - 10)),
     Mutant("helper_module", "bytes.siblings", "the program imports a module beside it", helper_module),
@@ -602,8 +611,8 @@ MUTANTS = (
            runs=("score",)),
     Mutant("wrong_byte_table", "score.bytes", "tokens above 300 count a byte too much", wrong_byte_table, WRONG_SCORE,
            ("score",)),
-    Mutant("claimed_bytes", "score.bytes", "100 bytes more are claimed, with bpb, JSON and logs to match", claimed_bytes,
-           ("score.rescored",), ("score",)),
+    Mutant("claimed_bytes", "score.bytes", "100 bytes more are claimed, with bpb, JSON and logs to match",
+           claimed_bytes, ("score.rescored",), ("score",)),
     Mutant("capped_validation", "score.coverage", "--score stops after 512 tokens", capped_validation,
            (*WRONG_SCORE, "score.bytes"), ("score",)),
     Mutant("claimed_tokens", "score.coverage", "one token less is claimed than validation has",
@@ -635,7 +644,8 @@ MUTANTS = (
     Mutant("token_too_large", "lineage.shards", "a token outside the vocabulary", token_too_large),
     Mutant("document_lost", "lineage.documents", "the last training document is missing", document_lost),
     Mutant("no_first_bos", "lineage.documents", "a split does not begin with BOS", no_first_bos),
-    Mutant("changed_shard", "lineage.manifest", "one training token is not what the manifest's hash says", changed_shard),
+    Mutant("changed_shard", "lineage.manifest", "one training token is not what the manifest's hash says",
+           changed_shard),
     Mutant("other_tokenizer", "lineage.manifest", "another tokenizer file", other_tokenizer, ("lineage.claimed",)),
     Mutant("other_validation", "lineage.claimed", "the claim is about other validation shards",
            lambda b: b.of_seed(1, val_sha256="0" * 64)),
@@ -735,23 +745,40 @@ def put_between(text: str, name: str, content: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Plant faults in a good submission and see the referee find them.")
-    parser.add_argument("--names", nargs="*", default=[], help="only these mutants; writes nothing")
+    parser.add_argument("--names", nargs="*", default=[], help="only these mutants; writes no table")
+    parser.add_argument("--work", type=Path, default=None, help="keep the submission and the outcomes here, and go on")
     arguments = parser.parse_args(argv)
     chosen = [m for m in MUTANTS if not arguments.names or m.name in arguments.names]
-    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
-        bench = make_bench(Path(name) / "good")
-        alarms = examine(bench)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        bench, record = Bench(work / "good"), work / "outcomes.jsonl"
+        if not (bench.record / "submission.json").exists():
+            bench = make_bench(work / "good")
+        known: dict[str, list[str]] = {}
+        if record.exists():
+            known = dict(json.loads(line) for line in record.read_text(encoding="utf-8").splitlines())
+
+        def outcome(name: str, tries: Callable[[], Sequence[str]]) -> tuple[str, ...]:
+            if name not in known:
+                known[name] = list(tries())
+                with open(record, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([name, known[name]]) + "\n")
+            return tuple(known[name])
+
+        alarms = outcome("", lambda: [f"{name}: {found}" for name, found in examine(bench).items()])
         print(f"the good submission: {alarms or 'no alarm'}", flush=True)
         outcomes = []
         for mutant in chosen:
-            outcomes.append(try_mutant(bench, mutant, Path(name)))
+            failed = outcome(mutant.name, lambda mutant=mutant: try_mutant(bench, mutant, Path(temporary)).failed)
+            outcomes.append(Outcome(mutant, failed))
             state = "killed" if outcomes[-1].killed else "SURVIVES"
-            print(f"{state:8} {mutant.name} by {mutant.check}; failed: {', '.join(outcomes[-1].failed)}", flush=True)
+            print(f"{state:8} {mutant.name} by {mutant.check}; failed: {', '.join(failed)}", flush=True)
     if not arguments.names:
         text = put_between(TABLE.read_text(encoding="utf-8"), "mutants", mutant_table(outcomes))
         write_atomically(TABLE, put_between(text, "checks", check_table()).encode())
     survivors = [one.mutant.name for one in outcomes if not one.killed]
-    print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} killed" + (f"; survive: {survivors}" if survivors else ""))
+    print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} killed{f'; survive: {survivors}' if survivors else ''}")
     return 1 if survivors or alarms else 0
 
 

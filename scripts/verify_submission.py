@@ -2,9 +2,10 @@
 
     python scripts/verify_submission.py dist/jepa_mamba --runs runs/a runs/b runs/c --data data/fineweb-sp8192
 
-Reads the folder, runs its program staged (a copy, no network, a read-only source tree), scores its weights again, probes
-its causality, and prints one row per check. Exit status: 0 nothing failed, 1 a check failed, 2 the input cannot be used.
-docs/VERIFIER.md lists every check, the hook that a program may expose, and the mutants that this referee was tested with.
+Reads the folder, runs its program staged (a copy, no network, a read-only source tree), scores its weights again,
+probes its causality, and prints one row per check. Exit status: 0 nothing failed, 1 a check failed, 2 the input
+cannot be used. docs/VERIFIER.md lists every check, the hook that a program may expose, and the mutants that this
+referee was tested with.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def report(folder: Path, rows: Sequence[Row], seconds: float) -> dict:
                 "verdict": str(row.verdict),
                 "rule": row.check.rule,
                 "findings": [
-                    {"verdict": str(f.verdict), "found": f.found, "where": f.where, "mend": f.mend} for f in row.findings
+                    {"verdict": str(f.verdict), "found": f.found, "where": f.where, "mend": f.mend}
+                    for f in row.findings
                 ],
             }
             for row in rows
@@ -74,9 +76,15 @@ def show(console: Console, rows: Sequence[Row], *, everything: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a parameter-golf submission folder.")
     parser.add_argument("folder", type=Path, help="folder with train_gpt.py, submission.json and logs")
-    parser.add_argument("--data", type=Path, default=None, help="folder of the shards and tokenizer that it was scored on")
-    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders whose model.artifact it was made of")
-    parser.add_argument("--weights", type=Path, nargs="*", default=[], help="files of weights, with seedN in their names")
+    parser.add_argument(
+        "--data", type=Path, default=None, help="folder of the shards and tokenizer that it was scored on"
+    )
+    parser.add_argument(
+        "--runs", type=Path, nargs="*", default=[], help="run folders whose model.artifact it was made of"
+    )
+    parser.add_argument(
+        "--weights", type=Path, nargs="*", default=[], help="files of weights, with seedN in their names"
+    )
     parser.add_argument("--against", type=Path, default=None, help="folder of the record to beat")
     parser.add_argument("--track", default=None, help="track, where submission.json does not say it")
     parser.add_argument("--only", nargs="*", choices=FAMILIES, default=list(FAMILIES), help="families of checks")

@@ -13,7 +13,7 @@ from common.errors import DataError
 from scripts.readme_tables import COLUMNS, read_record, render, replace_between, update
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("common", "submissions", "worldmodel", "scripts")
+ROOMS = ("common", "submissions", "worldmodel", "referee", "scripts")
 
 
 def listed_paths(readme: str) -> list[str]:
