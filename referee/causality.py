@@ -25,6 +25,7 @@ SUM_TOLERANCE = 1e-4
 MOST_CANDIDATES_ONE_BY_ONE = 2048
 CANDIDATE_DOCUMENT = 8  # tokens of a candidate's document where all go into one stream
 LONGEST_PROBE = 4096
+SUFFIX_DRAWS = 2  # a peek at one bit of a token shows in half of the draws
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def plan(facts: dict[str, Any], text_N: np.ndarray, mode: str, banned: set[int],
         base_N[0] = bos
         base_N[window // 3], base_N[window + window // 3] = bos, bos
     probes = [Probe("base", mode, base_N)]
-    for place in suffix_places(length, window):
+    for place in suffix_places(length, window) * SUFFIX_DRAWS:
         changed_N = base_N.copy()
         changed_N[place:] = other_tokens(base_N[place:], vocab, banned, rng)
         probes.append(Probe("suffix", mode, changed_N, of=0, place=place))
@@ -88,8 +89,9 @@ def plan(facts: dict[str, Any], text_N: np.ndarray, mode: str, banned: set[int],
     probes.append(Probe("repeat", mode, base_N, of=0))
     if facts["isolates_documents"] and bos is not None:
         first, second = window // 2 + 3, window + 5
-        two_N = allowed[rng.integers(0, len(allowed), first + second)].astype(np.uint16)
-        two_N[0] = two_N[first] = bos
+        # The second document repeats the first one's text: what is remembered of that would help most.
+        said_N = allowed[rng.integers(0, len(allowed), first - 1)].astype(np.uint16)
+        two_N = np.concatenate([[bos], said_N, [bos], np.resize(said_N, second - 1)]).astype(np.uint16)
         other_N = two_N.copy()
         other_N[1:first] = other_tokens(two_N[1:first], vocab, banned, rng)
         probes.append(Probe("isolation-base", mode, two_N))

@@ -115,7 +115,8 @@ def _line_of(text: str, place: int, first_line: int) -> int:
 
 
 def _seconds(value: str, unit: str) -> float:
-    return float(value.replace(",", "")) * {"ms": 0.001, "s": 1.0, "m": 60.0}[unit]
+    number = float(value.replace(",", ""))
+    return number / 1000.0 if unit == "ms" else number * {"s": 1.0, "m": 60.0}[unit]
 
 
 def _whole(value: Any) -> int:

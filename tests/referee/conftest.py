@@ -10,8 +10,8 @@ import pytest
 
 from scripts.verifier_mutants import Bench, make_bench
 
-# A byte model that counts: bigrams with one added, over the document so far. It has every interface that the referee uses
-# and needs no framework. `{...}` are places that tests change.
+# A byte model that counts: bigrams with one added, over the document so far. It has every interface that the referee
+# uses and needs no framework.
 TOY = '''"""A counting model."""
 import argparse, glob, json, math, os, sys
 import numpy as np
