@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterable
 
 from referee.folder import Submission
 from referee.model import Check, Finding, failed, not_checkable, passed
@@ -85,8 +86,23 @@ def required_names(text: str) -> set[str]:
     return names
 
 
+def declares(papers: str, names: Iterable[str]) -> bool:
+    """Whether a line of the papers that installs something names one of the packages."""
+    lines = [line.lower().replace("-", "_") for line in papers.splitlines() if "install" in line.lower()]
+    return any(re.search(rf"(?<!\w){re.escape(name.lower())}(?!\w)", line) for name in names for line in lines)
+
+
+def papers_of(submission: Submission) -> str:
+    """requirements.txt and README.md in one text."""
+    return (submission.requirements or "") + "\n".join(
+        (submission.root / fact.path).read_text(encoding="utf-8", errors="replace")
+        for fact in submission.files
+        if fact.name.lower() == "readme.md"
+    )
+
+
 def check_imports(submission: Submission) -> list[Finding]:
-    known = BASE_PACKAGES | required_names(submission.requirements or "")
+    known, papers = BASE_PACKAGES | required_names(submission.requirements or ""), papers_of(submission)
     own = {fact.path.split("/")[0].removesuffix(".py") for fact in submission.files if fact.path.endswith(".py")}
     findings: list[Finding] = []
     seen: set[str] = set()
@@ -96,9 +112,10 @@ def check_imports(submission: Submission) -> list[Finding]:
             if root in sys.stdlib_module_names or root in own or root in seen:
                 continue  # files beside the program are the matter of bytes.siblings
             seen.add(root)
-            if not {root.lower(), *IMPORT_OF.get(root, ())} & known:
+            names = {root.lower(), *IMPORT_OF.get(root, ())}
+            if not names & known and not declares(papers, names):
                 mend = "add it to requirements.txt with its version, or bring its code into the program"
-                found = f"imports {root}, which neither the challenge's image nor requirements.txt has"
+                found = f"imports {root}, which neither the challenge's image, requirements.txt nor README.md has"
                 findings.append(failed(found, at(layer, node), mend))
     return findings or clean(submission, f"{len(seen)} packages, all in the challenge's image or in requirements.txt")
 
@@ -156,11 +173,7 @@ def started_program(node: ast.Call, name: str) -> str | None:
 
 def check_binaries(submission: Submission) -> list[Finding]:
     findings: list[Finding] = []
-    papers = (submission.requirements or "") + "".join(
-        (submission.root / fact.path).read_text(encoding="utf-8", errors="replace")
-        for fact in submission.files
-        if fact.name.lower() == "readme.md"
-    )
+    papers = papers_of(submission)
     for layer in submission.layers:
         for node, name in layer.calls:
             program = started_program(node, name)

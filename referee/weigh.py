@@ -56,6 +56,9 @@ def siblings_used(submission: Submission) -> list[SiblingUse]:
                 for path in ("/".join(parts) + ".py", "/".join((*parts, "__init__.py"))):
                     if parts and path in by_path and path != submission.entry:
                         found.append((by_path[path], "imports"))
+            # Code and blobs are used if they are named at all; papers, which programs also write, if a call gets them.
+            if (name := names_a_file(node)) in by_name and by_name[name].kind != "paper":
+                found.append((by_name[name], "names"))
             if by_name and isinstance(node, ast.Call):
                 inside = [*node.args, *(keyword.value for keyword in node.keywords)]
                 constants = [inner for argument in inside for inner in ast.walk(argument)]
