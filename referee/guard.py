@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 SOCKET_EVENTS = (
     "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname",
@@ -26,7 +27,7 @@ def install_guard(report: str, quiet: list[str]) -> None:
     def say(**event: object) -> None:
         os.write(descriptor, (json.dumps(event) + "\n").encode())
 
-    def hook(event: str, arguments: tuple) -> None:
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, mode, flags = arguments
             if isinstance(path, bytes):

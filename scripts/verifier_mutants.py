@@ -558,6 +558,10 @@ def result_line_edited(b: Bench) -> None:
     b.edit_log(1, r"val_bpb [0-9.]+ \(carried", "val_bpb 0.9000 (carried", regex=True)
 
 
+def cut_json(b: Bench) -> None:
+    (b.dist / "submission.json").write_text('{"name": "tiny', encoding="utf-8")
+
+
 def no_gain(b: Bench) -> None:
     """The record to beat has nearly our scores."""
     record = b.claims()
@@ -674,8 +678,7 @@ MUTANTS = (
            lambda b: b.of_seed(1, steps=lambda v: v + 100)),
     Mutant("author_missing", "evidence.papers", "no author is named", lambda b: b.top(author=None)),
     Mutant("readme_missing", "evidence.papers", "README.md is missing", lambda b: (b.dist / "README.md").unlink()),
-    Mutant("json_damaged", "evidence.papers", "submission.json is cut off",
-           lambda b: (b.dist / "submission.json").write_text('{"name": "tiny', encoding="utf-8")),
+    Mutant("json_damaged", "evidence.papers", "submission.json is cut off", cut_json),
     Mutant("no_gain", "evidence.significance", "the gain over the record is 0.004 nats", no_gain),
     Mutant("torch_load", "lint.loading", "torch.load without weights_only",
            add_function("def old_weights(path: str) -> Any:\n    return torch.load(path)")),
