@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -138,8 +138,7 @@ def converse(
                 offset = len(observed.probes)
                 probes = plan(facts, text_N, str(mode), silent_ids(data))
                 observed.probes += [
-                    Probe(p.kind, p.mode, p.tokens_N, p.of + offset if p.of >= 0 else -1, p.place, p.context)
-                    for p in probes
+                    replace(probe, of=probe.of + offset) if probe.of >= 0 else probe for probe in probes
                 ]
         return streams + [(probe.mode, probe.tokens_N) for probe in observed.probes]
 

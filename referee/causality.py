@@ -6,7 +6,7 @@ The referee knows one thing of the model: a function from a stream of tokens to 
 * Suffixes: the same stream with all tokens from j on replaced. The nats of targets before j must be bitwise the same.
 * Candidates: one context with every entry of the vocabulary as the next token. The probabilities must sum to one. This
   also catches a model that learns from a token before it scores it, or picks the better of two scores.
-* Isolation: two documents; the first one's text is replaced. The second one's nats must be bitwise the same.
+* Isolation: documents; every other one's text is replaced. The nats of those between must be bitwise the same.
 * Repetition: a stream twice. A second pass over remembered text would be cheaper.
 
 Letters: N tokens of a stream, V entries of the vocabulary.
@@ -25,6 +25,7 @@ SUM_TOLERANCE = 1e-4
 MOST_CANDIDATES_ONE_BY_ONE = 2048
 CANDIDATE_DOCUMENT = 8  # tokens of a candidate's document where all go into one stream
 LONGEST_PROBE = 4096
+ISOLATED_PAIRS = 16
 SUFFIX_DRAWS = 2  # a peek at one bit of a token shows in half of the draws
 
 
@@ -36,7 +37,8 @@ class Probe:
     mode: str
     tokens_N: np.ndarray
     of: int = -1
-    place: int = 0  # suffix and token: first changed position; isolation: first position that may not change
+    place: int = 0  # suffix and token: first changed position
+    kept: tuple[tuple[int, int], ...] = ()  # isolation: ranges of nats that may not change
     context: int = 0  # candidates: which context
 
 
@@ -88,15 +90,36 @@ def plan(facts: dict[str, Any], text_N: np.ndarray, mode: str, banned: set[int],
         probes.append(Probe("token", mode, changed_N, of=0, place=place))
     probes.append(Probe("repeat", mode, base_N, of=0))
     if facts["isolates_documents"] and bos is not None:
-        first, second = window // 2 + 3, window + 5
-        # The second document repeats the first one's text: what is remembered of that would help most.
-        said_N = allowed[rng.integers(0, len(allowed), first - 1)].astype(np.uint16)
-        two_N = np.concatenate([[bos], said_N, [bos], np.resize(said_N, second - 1)]).astype(np.uint16)
-        other_N = two_N.copy()
-        other_N[1:first] = other_tokens(two_N[1:first], vocab, banned, rng)
-        probes.append(Probe("isolation-base", mode, two_N))
-        probes.append(Probe("isolation", mode, other_N, of=len(probes) - 1, place=first))
+        probes += isolation_probes(len(probes), mode, window, bos, vocab, allowed, banned, rng)
     return probes + candidate_probes(facts, base_N, mode, allowed, rng)
+
+
+def isolation_probes(
+    offset: int, mode: str, window: int, bos: int, vocab: int, allowed: np.ndarray, banned: set[int],
+    rng: np.random.Generator,
+) -> list[Probe]:  # fmt: skip
+    """Many short documents, twice; the second time every other one has another text.
+
+    Many, because a scorer may run documents side by side: some that stay must follow one that changes in the same lane.
+    A document that stays repeats the text before it: what is remembered of that would help most.
+    """
+    before: list[np.ndarray] = []
+    after: list[np.ndarray] = []
+    kept: list[tuple[int, int]] = []
+    place = 0
+    for pair in range(ISOLATED_PAIRS):
+        text_N = allowed[rng.integers(0, len(allowed), max(6, window // 8) + pair % 5)].astype(np.uint16)
+        other_N = other_tokens(text_N, vocab, banned, rng)
+        mark = np.array([bos], dtype=np.uint16)
+        before += [mark, text_N, mark, text_N]
+        after += [mark, other_N, mark, text_N]
+        place += len(text_N) + 1
+        kept.append((place, place + len(text_N)))  # nats[i] is of token i + 1
+        place += len(text_N) + 1
+    return [
+        Probe("isolation-base", mode, np.concatenate(before)),
+        Probe("isolation", mode, np.concatenate(after), of=offset, kept=tuple(kept)),
+    ]
 
 
 def candidate_probes(
@@ -185,15 +208,19 @@ def judge_isolation(facts: dict[str, Any], probes: list[Probe], answers: list[np
     for probe, nats_N in zip(probes, answers):
         if probe.kind != "isolation":
             continue
-        start = probe.place  # nats[place] is of the second document's first token after its BOS
-        change = first_change(answers[probe.of][start:], nats_N[start:])
-        if change is None:
+        before_N = answers[probe.of]
+        changes = [(start, first_change(before_N[start:end], nats_N[start:end])) for start, end in probe.kept]
+        moved = [(start, change) for start, change in changes if change is not None]
+        if not moved:
+            count = sum(end - start for start, end in probe.kept)
             return [
-                passed(f"another first document leaves {len(nats_N) - start:,} scores of the second bitwise the same")
+                passed(
+                    f"other texts before them leave {count:,} scores of {len(probe.kept)} documents bitwise the same"
+                )
             ]
         mend = "reset state, convolution inputs and attention at every document, or do not claim isolation"
-        found = f"another first document changes the score of token {change + 1} of the second"
-        return [failed(found, f"mode {probe.mode}", mend)]
+        found = f"another text of the document before changes the score of a document's token {moved[0][1] + 1}"
+        return [failed(f"{found} ({len(moved)} of {len(probe.kept)} documents)", f"mode {probe.mode}", mend)]
     return [not_checkable("no pair of documents was scored in time")]
 
 

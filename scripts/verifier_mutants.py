@@ -395,6 +395,10 @@ EMBEDS = "        x_BTD = self.token_embed(ids_BT)\n"
 
 
 def peeking_model(b: Bench) -> None:
+    b.edit_program(EMBEDS, EMBEDS + "        x_BTD = x_BTD + 0.01 * x_BTD.roll(-2, 1)\n")
+
+
+def target_in_input(b: Bench) -> None:
     b.edit_program(EMBEDS, EMBEDS + "        x_BTD = x_BTD + 0.01 * x_BTD.roll(-1, 1)\n")
 
 
@@ -403,7 +407,9 @@ def window_statistics(b: Bench) -> None:
 
 
 def better_of_two(b: Bench) -> None:
-    in_nll(b, "torch.minimum(nll_N, 0.9 * nll_N + 0.1 * nll_N.flip(0)).view(y_BT.shape)")
+    again = "softcap_nll_torch(rows, weight, bias, y_BT.reshape(-1), cap=self.config.logit_softcap"
+    again += ", kind=self.softcap_kind, temperature=1.5 * temperature)"
+    in_nll(b, f"torch.minimum(nll_N, {again}).view(y_BT.shape)")
 
 
 def leaking_state(b: Bench) -> None:
@@ -627,14 +633,16 @@ MUTANTS = (
            ("score.rescored",), ("score",)),
     Mutant("bpb_by_a_hair", "score.invariant", "bpb is rounded down within the four decimals of the log", bpb_by_a_hair,
            runs=("score",)),
-    Mutant("peeking_model", "causality.future", "a hundredth of the next token's embedding is added", peeking_model,
-           runs=("causality",)),
+    Mutant("peeking_model", "causality.future", "a hundredth of the embedding two tokens ahead is added", peeking_model,
+           ("causality.isolated", "causality.normalised"), ("causality",)),
+    Mutant("target_in_input", "causality.normalised", "a hundredth of the target's own embedding is added",
+           target_in_input, runs=("causality",)),
     Mutant("window_statistics", "causality.future", "the mean embedding of the window is taken off", window_statistics,
            runs=("causality",)),
     Mutant("not_normalised", "causality.normalised", "every token costs 2% less",
            lambda b: in_nll(b, "(0.98 * nll_N).view(y_BT.shape)"), runs=("causality",)),
-    Mutant("rescored_token", "causality.normalised", "each token gets the better of two scores", better_of_two,
-           ("causality.future", "causality.isolated"), ("causality",)),
+    Mutant("rescored_token", "causality.normalised", "each token gets the better of two scores, at two temperatures",
+           better_of_two, runs=("causality",)),
     Mutant("leaking_state", "causality.isolated", "the scan's state survives the end of a document", leaking_state,
            ("causality.normalised",), ("causality",)),
     Mutant("trains_first", "causality.score_first", "an optimizer learns from the stream before it is scored",
