@@ -6,7 +6,7 @@ The referee knows one thing of the model: a function from a stream of tokens to 
 * Suffixes: the same stream with all tokens from j on replaced. The nats of targets before j must be bitwise the same.
 * Candidates: one context with every entry of the vocabulary as the next token. The probabilities must sum to one. This
   also catches a model that learns from a token before it scores it, or picks the better of two scores.
-* Isolation: documents; every other one's text is replaced. The nats of those between must be bitwise the same.
+* Isolation: documents; every other one's text is replaced. The nats of those between must stay, but for rounding.
 * Repetition: a stream twice. A second pass over remembered text would be cheaper.
 
 Letters: N tokens of a stream, V entries of the vocabulary.
@@ -22,6 +22,8 @@ import numpy as np
 from referee.model import Check, Finding, failed, not_checkable, passed
 
 SUM_TOLERANCE = 1e-4
+# A chunked scan adds up decays over a whole chunk and takes differences: rounding, but no state, crosses its documents.
+ISOLATION_TOLERANCE_NATS = 1e-4
 MOST_CANDIDATES_ONE_BY_ONE = 2048
 CANDIDATE_DOCUMENT = 8  # tokens of a candidate's document where all go into one stream
 LONGEST_PROBE = 4096
@@ -209,18 +211,15 @@ def judge_isolation(facts: dict[str, Any], probes: list[Probe], answers: list[np
         if probe.kind != "isolation":
             continue
         before_N = answers[probe.of]
-        changes = [(start, first_change(before_N[start:end], nats_N[start:end])) for start, end in probe.kept]
-        moved = [(start, change) for start, change in changes if change is not None]
-        if not moved:
-            count = sum(end - start for start, end in probe.kept)
-            return [
-                passed(
-                    f"other texts before them leave {count:,} scores of {len(probe.kept)} documents bitwise the same"
-                )
-            ]
+        moves = [float(np.abs(nats_N[start:end] - before_N[start:end]).max()) for start, end in probe.kept]
+        count, most = sum(end - start for start, end in probe.kept), max(moves)
+        shown = "bitwise the same" if most == 0.0 else f"the same but for rounding ({most:.1g} nats)"
+        if most <= ISOLATION_TOLERANCE_NATS:
+            return [passed(f"other texts before them leave {count:,} scores of {len(moves)} documents {shown}")]
         mend = "reset state, convolution inputs and attention at every document, or do not claim isolation"
-        found = f"another text of the document before changes the score of a document's token {moved[0][1] + 1}"
-        return [failed(f"{found} ({len(moved)} of {len(probe.kept)} documents)", f"mode {probe.mode}", mend)]
+        moved = sum(not move <= ISOLATION_TOLERANCE_NATS for move in moves)
+        found = f"another text of the document before moves scores of {moved} of {len(moves)} documents"
+        return [failed(f"{found}, by up to {most:.3g} nats", f"mode {probe.mode}", mend)]
     return [not_checkable("no pair of documents was scored in time")]
 
 
