@@ -748,10 +748,10 @@ def check_table() -> str:
 
 
 def put_between(text: str, name: str, content: str) -> str:
-    pattern = re.compile(rf"(<!-- {name}:begin.*? -->\n).*?(\n<!-- {name}:end -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name}:begin[^\n]* -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise GolfError(f"expected one pair of markers {name}:begin and {name}:end")
-    return pattern.sub(lambda match: match.group(1) + content + match.group(2), text)
+    return pattern.sub(lambda match: f"{match.group(1)}{content}\n{match.group(2)}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
