@@ -94,6 +94,11 @@ sbom: $(RELEASE_STAMP)  ## dist/sbom/: CycloneDX bills of materials of the locks
 launch-check: $(RELEASE_STAMP)  ## scripts/launch against SkyPilot's, Kubernetes' and Slurm's own checks (JOBSET_CRD=file)
 	$(RELEASE_PY) -m pytest tests/scripts/test_launch.py -rs -m "not slow" $(ARGS)
 
+.PHONY: verify-submission
+verify-submission: $(STAMP)  ## is a submission folder what it claims? (DIR=dist/jepa_mamba, RUNS='runs/a runs/b', DATA=folder, AGAINST=record)
+	PYTHONPATH=. $(PY) scripts/verify_submission.py $(or $(DIR),dist/jepa_mamba) $(if $(DATA),--data $(DATA)) $(if $(RUNS),--runs $(RUNS)) \
+		$(if $(AGAINST),--against $(AGAINST)) $(ARGS)
+
 .PHONY: readme
 readme: $(STAMP)  ## write the generated tables of README.md anew (RUNS=runs/demo adds a run)
 	$(PY) scripts/readme_tables.py $(if $(RUNS),--runs $(RUNS)) $(ARGS)

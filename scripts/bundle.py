@@ -53,7 +53,7 @@ FREE_FIELDS = RESUME_FREE_FIELDS | {"seed", "run_id"}
 # What submission.json tells of each run.
 RUN_FIELDS = (
     "run", "val_loss", "val_bpb", "val_tokens", "val_bytes", "eval_mode", "artifact_bytes", "steps", "tokens",
-    "train_s", "eval_s", "world_size",
+    "train_s", "eval_s", "world_size", "val_sha256", "tokenizer_sha256",
 )  # fmt: skip
 
 

@@ -18,15 +18,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("common", "worldmodel", "submissions", "scripts", "tests")
-PACKAGES = ("common", "worldmodel", "submissions")
+ROOMS = ("common", "worldmodel", "submissions", "referee", "scripts", "tests")
+PACKAGES = ("common", "worldmodel", "submissions", "referee")
 # A room may import itself and the rooms named here.
 MAY_IMPORT = {
     "common": {"common"},
     "worldmodel": {"worldmodel", "common"},
     "submissions": {"submissions", "common"},
-    "scripts": {"common", "worldmodel", "submissions", "scripts"},
-    "tests": {"common", "worldmodel", "submissions", "scripts", "tests"},  # helpers of tests lie beside them
+    "referee": {"referee", "common"},
+    "scripts": {"common", "worldmodel", "submissions", "referee", "scripts"},
+    "tests": {"common", "worldmodel", "submissions", "referee", "scripts", "tests"},  # helpers of tests lie beside them
 }
 FRAMEWORK_OF = {
     "torch": "torch", "triton": "torch", "mamba_ssm": "torch", "causal_conv1d": "torch",
@@ -45,7 +46,10 @@ NUMPY_ONLY_EXTRAS = {
     "common/errors.py": set(),
     "common/files.py": set(),
     "common/report.py": set(),
+    "referee/": CODECS | {"sentencepiece"},
 }
+# All that the referee shares with what it judges: names of errors.
+REFEREE_SHARES = {"common.errors"}
 LAZY_ONLY = {"pyarrow", "huggingface_hub"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 ENTRY = "submissions/jepa_mamba/train_gpt.py"
@@ -174,11 +178,14 @@ def _numpy_only_extras(path: str) -> set[str] | None:
 def rule_numpy_only(modules: list[Module]) -> list[str]:
     found = []
     for module in modules:
-        extras = _numpy_only_extras(module.path) if module.room == "common" else None
+        extras = _numpy_only_extras(module.path) if module.room in ("common", "referee") else None
         for item in imports_of(module):
             if module.room == "common" and item.root in LAZY_ONLY and item.at_top:
                 found.append(module.at(item.node, f"{item.root} must be imported where it is used, not on top"))
-            if extras is None or item.level or item.root in sys.stdlib_module_names or item.root == "common":
+            if module.room == "referee" and item.root == "common" and item.module not in REFEREE_SHARES:
+                found.append(module.at(item.node, f"the referee judges by code of its own, not by {item.module}"))
+            ours = item.root in ("common", module.room)
+            if extras is None or item.level or item.root in sys.stdlib_module_names or ours:
                 continue
             if item.root != "numpy" and item.root not in extras:
                 found.append(module.at(item.node, f"{item.root} in a module of NumPy and the standard library"))
@@ -347,6 +354,14 @@ PLANTED = [
     (rule_numpy_only, {"common/text/shards.py": "import sentencepiece"}, "sentencepiece in a module"),
     (rule_numpy_only, {"common/artifact/a.py": "import safetensors"}, "safetensors in a module"),
     (rule_numpy_only, {"common/text/sources.py": "import pyarrow.parquet"}, "must be imported where it is used"),
+    (rule_numpy_only, {"referee/a.py": "def f():\n    import torch"}, "torch in a module of NumPy"),
+    (
+        rule_numpy_only,
+        {"referee/a.py": "from common.text.bpb import f", "common/text/bpb.py": ""},
+        "by code of its own, not by common.text.bpb",
+    ),
+    (rule_rooms, {"referee/a.py": "from submissions.x.train_gpt import f"}, "referee must not import submissions"),
+    (rule_rooms, {"common/a.py": "from referee.model import f"}, "common must not import referee"),
     (
         rule_numpy_only,
         {"common/artifact/a.py": "from common.quant.torch_impl import f", "common/quant/torch_impl.py": ""},

@@ -21,7 +21,7 @@ from scripts.readme_tables import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("common", "submissions", "worldmodel", "scripts")
+ROOMS = ("common", "submissions", "worldmodel", "referee", "scripts")
 
 
 def listed_paths(readme: str) -> list[str]:

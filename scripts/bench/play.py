@@ -152,7 +152,9 @@ def free_port() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when the server did not start or a connection was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python scripts/bench play", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--players", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--fps", type=float, default=0.0, help="frames/s asked for; 0: the server's")

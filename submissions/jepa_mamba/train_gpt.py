@@ -1895,6 +1895,39 @@ def generate_text(command: Command, artifact: str, ranks: Ranks) -> str:
     return command.prompt + tokenizer.decode(np.array(written, dtype=np.int64))
 
 
+def referee_hook(artifact: str) -> dict[str, Any]:
+    """What a referee may ask of an entry (docs/VERIFIER.md): its own scoring, on any stream of tokens."""
+    ranks = join_ranks("cpu", {})
+    lm, config, meta = load_model(artifact, "torch", ranks)
+    bos_id = meta["tokenizer"].get("bos_id")
+    length = config.eval_seq_len or config.train_seq_len
+
+    def nll(tokens: np.ndarray, mode: str) -> np.ndarray:
+        """Nats of tokens[1:], float64 (n - 1)."""
+        return token_nll(
+            lm,
+            tokens,
+            mode=mode,
+            length=length,
+            stride=config.sliding_eval_stride,
+            batch_tokens=config.val_batch_size,
+            lanes=config.eval_lanes,
+            bos_id=bos_id,
+            temperature=meta["temperature"],
+            ranks=ranks,
+        )[0]
+
+    return {
+        "nll": nll,
+        "modes": config.modes(),
+        "vocab_size": config.vocab_size,
+        "bos_id": bos_id,
+        "isolates_documents": config.document_reset,
+        "window": length,
+        "learns_while_scoring": False,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------

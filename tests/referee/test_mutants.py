@@ -1,0 +1,54 @@
+"""Every check catches what is planted for it, and nothing is found in a good submission."""
+
+from __future__ import annotations
+
+import pytest
+
+from referee.case import CHECKS
+from scripts.verifier_mutants import MUTANTS, STATIC, TABLE, check_table, examine, put_between, try_mutant
+
+# One static mutant a check is tried in the fast tests, the others in the slow ones.
+FAST = {mutant.check: mutant.name for mutant in reversed(MUTANTS) if not mutant.runs}.values()
+
+
+def test_every_check_has_a_mutant_and_there_are_at_least_forty():
+    assert {mutant.check for mutant in MUTANTS} == {check.name for check in CHECKS}
+    names = [mutant.name for mutant in MUTANTS]
+    assert len(set(names)) == len(names) >= 40
+    known = {check.name for check in CHECKS}
+    assert all(set(mutant.also) <= known for mutant in MUTANTS)
+
+
+def test_good_submission_raises_no_alarm(bench):
+    assert examine(bench, STATIC) == {}
+
+
+def held(bench, mutant, tmp_path):
+    """The named check fails, and of the others only those that the mutant names."""
+    outcome = try_mutant(bench, mutant, tmp_path)
+    assert mutant.check in outcome.failed
+    assert set(outcome.failed) - {mutant.check} <= set(mutant.also)
+
+
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.name in FAST], ids=lambda m: m.name)
+def test_mutant_is_killed(mutant, bench, tmp_path):
+    held(bench, mutant, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.name not in FAST], ids=lambda m: m.name)
+def test_other_mutant_is_killed(mutant, bench, tmp_path):
+    held(bench, mutant, tmp_path)
+
+
+@pytest.mark.slow
+def test_good_submission_raises_no_alarm_when_run(bench):
+    assert examine(bench) == {}
+
+
+def test_document_lists_the_checks_and_mutants_as_they_are():
+    text = TABLE.read_text(encoding="utf-8")
+    assert put_between(text, "checks", check_table()) == text, "run scripts/verifier_mutants.py"
+    rows = [line.split(" | ") for line in text.split("<!-- mutants:begin")[1].splitlines() if line.startswith("| ")]
+    listed = [(row[0].strip("| "), row[1], row[2]) for row in rows[2:]]
+    assert listed == [(m.name, m.what, f"`{m.check}`") for m in MUTANTS], "run scripts/verifier_mutants.py"
