@@ -177,3 +177,15 @@ def test_versions_agree_between_pyproject_and_uv_metadata():
     pins |= set(no_deps().splitlines())
     for entry in project()["tool"]["uv"]["dependency-metadata"]:
         assert f"{entry['name']}=={entry['version']}" in pins
+
+
+def test_cuda_compiler_and_libraries_are_of_one_version():
+    """What the CUDA sources are compiled with is installed over what they run with: shared packages agree."""
+    locked = [
+        dict(re.findall(r"^(\S+)==(\S+) \\$", lock_text(lock), re.MULTILINE))
+        for lock in LOCKS
+        if "cuda-build" in lock.extras or "gpu" in lock.extras
+    ]
+    shared = set(locked[0]) & set(locked[1])
+    assert "nvidia-cuda-runtime" in shared
+    assert {name: locked[0][name] for name in shared} == {name: locked[1][name] for name in shared}
