@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.errors import ArtifactError
 from common.artifact.rans import RANS_MAX_TABLES, context_histogram, histogram_cost_bits
 from common.quant.grid import QuantizedTensor, fp8_e4m3_values, grid_rows
 
@@ -28,19 +29,27 @@ def class_count(shape: tuple[int, ...], form: str) -> int:
 
 
 def spread_classes(classes: np.ndarray, shape: tuple[int, ...], form: str) -> np.ndarray:
-    """Context of every code of a tensor, uint16 in C order. classes: (class_count,) uint8."""
+    """Context of every code of a tensor, uint8 in C order, from its (class_count,) uint8 classes.
+
+    Raises ArtifactError if a row's and a column's class add up to more than 255.
+    """
     n_rows, n_columns = grid_rows(shape)
-    wide = classes.astype(np.uint16)
     if form == "none":
-        return np.zeros(n_rows * n_columns, np.uint16)
+        return np.zeros(n_rows * n_columns, np.uint8)
     if form == "tensor":
-        return np.repeat(wide, n_rows * n_columns)
+        return np.repeat(classes, n_rows * n_columns)
     if form == "row":
-        return np.repeat(wide, n_columns)
-    return (wide[:n_rows, None] + wide[None, n_rows:]).reshape(-1)
+        return np.repeat(classes, n_columns)
+    row_R, column_C = classes[:n_rows], classes[n_rows:]
+    if int(row_R.max(initial=0)) + int(column_C.max(initial=0)) > 255:
+        raise ArtifactError(f"classes {int(row_R.max())} of a row and {int(column_C.max())} of a column exceed 255")
+    return (row_R[:, None] + column_C).reshape(-1)
 
 
-def _log_spreads(q: QuantizedTensor) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+_Spread = tuple[float, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _log_spreads(q: QuantizedTensor) -> _Spread:
     """log2 of the root mean square of codes: of the tensor, of rows alone, and of rows and columns as a product."""
     level_RC = (q.codes.astype(np.float32) if q.spec.kind == "int" else fp8_e4m3_values(q.codes)).reshape(
         grid_rows(q.shape)
@@ -62,8 +71,7 @@ def choose_classes(tensors: Sequence[QuantizedTensor]) -> list[tuple[str, np.nda
     best: tuple[float, list[tuple[str, np.ndarray]]] | None = None
     for steps in CLASS_STEPS:
         chosen = _classes_at(tensors, spreads, steps)
-        n_tables = 1 + max(int(spread_classes(c, (len(c), 1) if f == "row" else q.shape, f).max(initial=0))
-                           for q, (f, c) in zip(tensors, chosen, strict=True))
+        n_tables = 1 + max(_largest_context(q.shape, *own) for q, own in zip(tensors, chosen, strict=True))
         counts = np.zeros((n_tables, 256), np.int64)
         for q, (form, classes) in zip(tensors, chosen, strict=True):
             counts += _histogram(q, form, classes, n_tables)
@@ -74,13 +82,21 @@ def choose_classes(tensors: Sequence[QuantizedTensor]) -> list[tuple[str, np.nda
     return best[1] if best else []
 
 
+def _largest_context(shape: tuple[int, ...], form: str, classes: np.ndarray) -> int:
+    n_rows = grid_rows(shape)[0] if form == "cross" else classes.size
+    return int(classes[:n_rows].max(initial=0)) + int(classes[n_rows:].max(initial=0))
+
+
 def _histogram(q: QuantizedTensor, form: str, classes: np.ndarray, n_tables: int) -> np.ndarray:
-    contexts = None if form == "none" else spread_classes(classes, q.shape, form).astype(np.uint8)
+    contexts = None if form == "none" else spread_classes(classes, q.shape, form)
     return context_histogram(q.codes.reshape(-1).view(np.uint8), contexts, n_tables)
 
 
-def _classes_at(tensors, spreads, steps: int) -> list[tuple[str, np.ndarray]]:
-    rounded = []
+def _classes_at(
+    tensors: Sequence[QuantizedTensor], spreads: Sequence[_Spread | None], steps: int
+) -> list[tuple[str, np.ndarray]]:
+    """Each tensor's cheapest form at so many classes an octave, on one scale of classes for all tensors."""
+    rounded: list[tuple[np.ndarray, ...] | None] = []
     for spread in spreads:
         if spread is None:
             rounded.append(None)
@@ -88,8 +104,8 @@ def _classes_at(tensors, spreads, steps: int) -> list[tuple[str, np.ndarray]]:
         whole, row_R, crossed_R, column_C = spread
         column = np.rint((column_C - column_C.min()) * steps)
         column = np.maximum(column - max(column.max() - _COLUMN_SPAN, 0), 0)
-        rounded.append((np.rint(np.array([whole]) * steps), np.rint(row_R * steps),
-                        np.rint(crossed_R * steps + column_C.min() * steps), column))
+        crossed = np.rint((crossed_R + column_C.min()) * steps)
+        rounded.append((np.rint(np.array([whole]) * steps), np.rint(row_R * steps), crossed, column))
     bases = [min(float(part.min()) for part in item[:3]) for item in rounded if item is not None]
     tops = [max(float(part.max()) for part in item[:3]) for item in rounded if item is not None]
     span = RANS_MAX_TABLES - 1 - _COLUMN_SPAN
@@ -101,9 +117,8 @@ def _classes_at(tensors, spreads, steps: int) -> list[tuple[str, np.ndarray]]:
             continue
         whole, row_R, crossed_R, column_C = item
         options = []
-        for form, levels in (
-            ("tensor", whole - base), ("row", row_R - base), ("cross", np.concatenate([crossed_R - base, column_C]))
-        ):
+        crossed = np.concatenate([crossed_R - base, column_C])
+        for form, levels in (("tensor", whole - base), ("row", row_R - base), ("cross", crossed)):
             classes = np.clip(levels, 0, span).astype(np.uint8)
             counts = _histogram(q, form, classes, RANS_MAX_TABLES)
             # the tables are shared: their cost is not this tensor's

@@ -304,7 +304,7 @@ def _choose_layout(values: np.ndarray, layouts: tuple[str, ...], codecs: Sequenc
 def _contexts(parts: Sequence[tuple[tuple[int, ...], str, np.ndarray]]) -> np.ndarray | None:
     """Contexts (uint8) of the codes of a stream from (shape, form, classes) of its tensors; None where all are 0.
 
-    Raises ArtifactError for a context beyond 255.
+    Raises ArtifactError as spread_classes.
     """
     if all(form == "none" for _, form, _ in parts):
         return None
@@ -313,10 +313,7 @@ def _contexts(parts: Sequence[tuple[tuple[int, ...], str, np.ndarray]]) -> np.nd
     for shape, form, classes in parts:
         count = math.prod(shape)
         if count and form != "none":
-            own = spread_classes(classes, shape, form)
-            if int(own.max()) > 255:
-                raise ArtifactError(f"a row's and a column's class add up to {int(own.max())}")
-            contexts[at : at + count] = own
+            contexts[at : at + count] = spread_classes(classes, shape, form)
         at += count
     return contexts
 
