@@ -1,4 +1,4 @@
-"""Look into an artifact, or fit a model to a budget: python -m common.artifact inspect FILE, budget WEIGHTS STATISTICS."""
+"""python -m common.artifact inspect FILE; python -m common.artifact budget WEIGHTS STATISTICS."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def load_statistics(path: str) -> dict[str, LayerStatistics]:
     names = sorted({name.rsplit("/", 1)[0] for name in arrays})
     wanted = {f"{name}/{part}" for name in names for part in ("hessian", "sensitivity")}
     if set(arrays) != wanted:
-        raise ArtifactError(f"{path}: holds {sorted(set(arrays) ^ wanted)[0]!r}: not pairs of /hessian and /sensitivity")
+        stray = sorted(set(arrays) ^ wanted)[0]
+        raise ArtifactError(f"{path}: {stray!r} has no partner among NAME/hessian and NAME/sensitivity")
     found = {}
     for name in names:
         hessian, sensitivity = (arrays[f"{name}/{part}"].astype(np.float64) for part in ("hessian", "sensitivity"))
@@ -97,7 +98,7 @@ def fit_file(options: argparse.Namespace) -> None:
     if strangers:
         raise ArtifactError(f"{options.statistics}: {strangers[0]!r} is no tensor of {options.weights}")
     rest = parse_grid_spec(options.rest)
-    specs = {name: rest for name in weights}
+    specs = dict.fromkeys(weights, rest)
     budget_bytes = options.bytes - options.code_bytes
 
     def make(loss_nats: float) -> ModelPlan:
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect_command = commands.add_parser("inspect", help="print every tensor with its grid and its bytes, then totals")
     inspect_command.add_argument("file", metavar="FILE", help="the artifact")
-    budget = commands.add_parser("budget", help="choose every step so that the file fills a budget; print plan and curve")
+    budget = commands.add_parser("budget", help="choose every step to fill a budget; print plan and curve")
     budget.add_argument("weights", metavar="WEIGHTS", help="artifact of float weights")
     budget.add_argument("statistics", metavar="STATISTICS", help="artifact of NAME/hessian and NAME/sensitivity")
     budget.add_argument("--bytes", type=int, default=CHALLENGE_BUDGET_BYTES, help="for code and weights (%(default)s)")

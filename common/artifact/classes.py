@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.errors import ArtifactError
 from common.artifact.rans import RANS_MAX_TABLES, context_histogram, histogram_cost_bits
+from common.errors import ArtifactError
 from common.quant.grid import QuantizedTensor, fp8_e4m3_values, grid_rows
 
 CLASS_FORMS = ("none", "tensor", "row", "cross")  # what a tensor brings: nothing, one class, R classes, R + C

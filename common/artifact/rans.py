@@ -115,7 +115,7 @@ def rans_encode(symbols: np.ndarray, contexts: np.ndarray | None, n_tables: int 
     lanes = rans_lanes(count)
     state = np.full(lanes, RANS_LOW, np.uint32)
     words: list[np.ndarray] = []
-    bits, word_bits, limit_bits = np.uint32(RANS_BITS), np.uint32(16), np.uint32(32 - RANS_BITS)
+    word_bits, limit_bits = np.uint32(16), np.uint32(32 - RANS_BITS)
     for at in range((count - 1) // lanes * lanes, -1, -lanes):  # what is coded last is decoded first
         key = symbols[at : at + lanes].astype(np.intp)
         if contexts is not None:

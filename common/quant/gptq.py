@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import ConfigError
+from common.quant.grid import round_to_bf16
 
 GPTQ_DAMPING = 0.01  # of the mean of H's diagonal, added to it
 GPTQ_BLOCK = 64  # columns rounded before their errors reach the columns behind them
@@ -46,7 +47,7 @@ class Elimination:
     Args:
         order_C: column indices, the strongest input first.
         upper_CC: U with inverse(H) = U' U, rows and columns in that order.
-        cost_C: 1 / U_jj^2: what a unit of squared error in a column costs once the columns after it have made up for it.
+        cost_C: 1 / U_jj^2: what a unit of squared error in a column costs once the columns after it make up for it.
     """
 
     order_C: np.ndarray
@@ -68,11 +69,10 @@ def eliminate(hessian_CC: np.ndarray, damping: float = GPTQ_DAMPING) -> Eliminat
     return Elimination(order_C, upper_CC, 1.0 / np.diag(upper_CC) ** 2)
 
 
-def _octave_grid(value: np.ndarray, per_octave: int) -> np.ndarray:
-    """Nearest power of 2**(1/per_octave), in a bf16 value: few different ones, which cost few bits."""
-    exact = np.exp2(np.rint(np.log2(value) * per_octave) / per_octave).astype(np.float32)
-    bits = exact.view(np.uint32)
-    return ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+def _octave_grid(value: np.ndarray, unit: float, per_octave: int) -> np.ndarray:
+    """Nearest unit * 2**(k/per_octave), as bf16: few different values, which cost few bits, whatever the unit."""
+    octaves = np.rint(np.log2(value / unit) * per_octave) / per_octave
+    return round_to_bf16((unit * np.exp2(octaves)).astype(np.float32))
 
 
 def plan_scales(
@@ -97,10 +97,12 @@ def plan_scales(
     column_C[elimination.order_C] = np.exp((log_cost_C.mean() - log_cost_C) / 2)
     column_C = np.clip(column_C, 1 / 8, 8)
     sensitivity_R = np.maximum(statistics.sensitivity_R, _WEAKEST_ROW * statistics.sensitivity_R.mean() + 1e-30)
-    row_R = np.sqrt(24 * loss_nats / (sensitivity_R * np.exp(log_cost_C.mean())))
+    unit = float(np.sqrt(24 * loss_nats))
+    row_R = unit / np.sqrt(sensitivity_R * np.exp(log_cost_C.mean()))
     sigma_R = np.sqrt(np.mean(np.square(w_RC, dtype=np.float64), axis=1))
     row_R = np.clip(row_R, STEP_MIN_SIGMAS * sigma_R, STEP_MAX_SIGMAS * sigma_R)
-    return _octave_grid(np.maximum(row_R, 1e-30), ROW_STEPS_PER_OCTAVE), _octave_grid(column_C, COLUMN_STEPS_PER_OCTAVE)
+    row_R = _octave_grid(np.maximum(row_R, 1e-30), unit, ROW_STEPS_PER_OCTAVE)
+    return row_R, _octave_grid(column_C, 1.0, COLUMN_STEPS_PER_OCTAVE)
 
 
 def gptq_codes(

@@ -121,9 +121,10 @@ FP8_UNSCALED_GRID = GridSpec("fp8_e4m3", scale="none")
 
 
 def parse_grid_spec(text: str) -> GridSpec:
-    """Read a grid from an option's text: KIND[/row|tensor|none][/bf16|f32][/clipSIGMAS].
+    """Read a grid from an option's text: KIND[/row|tensor|cross|none][/bf16|f32][/clipSIGMAS].
 
-    KIND is int2..int8, fp8, bf16 or f32; "cross" goes where "row" does. Missing parts are row scales stored in bf16, without clipping.
+    KIND is int2..int8, fp8, bf16 or f32; cross stands where row does. Missing parts are row scales stored in
+    bf16, without clipping.
     Examples: "int4", "int6/clip12.85", "int8/tensor/f32", "fp8/none".
 
     Raises:
@@ -150,7 +151,7 @@ def parse_grid_spec(text: str) -> GridSpec:
             except ValueError:
                 raise ConfigError(f"grid {text!r}: {option!r} needs a number of sigmas, as in 'clip12.85'") from None
         else:
-            raise ConfigError(f"grid {text!r}: part {option!r} is none of row, tensor, cross, none, bf16, f32, clipSIGMAS")
+            raise ConfigError(f"grid {text!r}: {option!r} is none of row, tensor, cross, none, bf16, f32, clipSIGMAS")
         if key in seen:
             raise ConfigError(f"grid {text!r} gives its {key} twice")
         seen.add(key)
@@ -262,8 +263,8 @@ def grid_scales(w_RC: np.ndarray, spec: GridSpec) -> np.ndarray:
     """Scales of a float32 matrix on a grid, float32, already rounded to spec.scale_dtype.
 
     Returns:
-        (R,), (1,), (R + C,) or (0,) by spec.scale; every scale lies in GRID_SCALE_MIN..GRID_SCALE_MAX. Columns of "cross"
-        get 1: a rule that knows better (gptq.plan_scales) gives quantize its own.
+        (R,), (1,), (R + C,) or (0,) by spec.scale; every scale lies in GRID_SCALE_MIN..GRID_SCALE_MAX. Columns of
+        "cross" get 1: a rule that knows better (gptq.plan_scales) gives quantize its own.
     """
     if spec.scale == "none":
         return np.zeros(0, np.float32)

@@ -7,6 +7,7 @@ search of their own; the solver moves that number until the file has the size th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from common.errors import ArtifactError, ConfigError
 from common.quant.gptq import LayerStatistics, eliminate, gptq_codes, plan_scales
-from common.quant.grid import GridSpec, QuantizedTensor, dequantize, quantize
+from common.quant.grid import GridSpec, QuantizedTensor, dequantize, quantize, round_to_bf16
 
 FREE_STEP_GRID = GridSpec("int", 8, "cross")
 BUDGET_FILL = 0.998  # what the solver aims at; it stops between BUDGET_LEAST and 1
@@ -37,6 +38,19 @@ class ModelPlan:
     expected_nats: dict[str, float]
 
 
+@dataclass(frozen=True)
+class TrainedSteps:
+    """The steps on which quantization-aware training ran.
+
+    Args:
+        loss_nats: of the plan that they come from.
+        scales: its scales, (R + C,) float32, by name.
+    """
+
+    loss_nats: float
+    scales: dict[str, np.ndarray]
+
+
 def expected_increase(w: np.ndarray, q: QuantizedTensor, statistics: LayerStatistics) -> float:
     """1/2 sum_i g_i (dw_i H dw_i') of a rounding, nats a token."""
     shape_RC = statistics.rows_cols()
@@ -50,6 +64,7 @@ def plan_model(
     specs: Mapping[str, GridSpec],
     loss_nats: float,
     rate: float,
+    trained: TrainedSteps | None = None,
 ) -> ModelPlan:
     """Round every tensor with statistics to FREE_STEP_GRID by error feedback, every other one to its own grid.
 
@@ -59,6 +74,7 @@ def plan_model(
         specs: grid of each weight without statistics.
         loss_nats: see plan_scales.
         rate: see gptq_codes.
+        trained: steps that the weights were trained on: they are kept, but for one factor that loss_nats decides.
 
     Raises:
         ConfigError: statistics that do not fit their weight.
@@ -73,7 +89,11 @@ def plan_model(
         if w.shape != layer.rows_cols():
             raise ConfigError(f"{name} has shape {w.shape}, its statistics are for {layer.rows_cols()}")
         elimination = eliminate(layer.hessian_CC)
-        row_R, column_C = plan_scales(w, layer, loss_nats, elimination)
+        if trained is not None and name in trained.scales:
+            row_R, column_C = np.split(trained.scales[name], [len(w)])
+            row_R = round_to_bf16(row_R * np.float32(math.sqrt(loss_nats / trained.loss_nats)))
+        else:
+            row_R, column_C = plan_scales(w, layer, loss_nats, elimination)
         codes = gptq_codes(w, row_R, column_C, FREE_STEP_GRID.qmax, elimination, rate)
         tensors[name] = QuantizedTensor(FREE_STEP_GRID, codes, np.concatenate([row_R, column_C]), w.shape)
         expected[name] = expected_increase(w, tensors[name], layer)

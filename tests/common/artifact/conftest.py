@@ -16,7 +16,8 @@ from common.quant.grid import QuantizedTensor, parse_grid_spec, quantize
 
 def build_tensors() -> dict[str, QuantizedTensor | np.ndarray]:
     rng = np.random.default_rng(20260)
-    labels = ["int2/clip2", "int3", "int4", "int5/tensor", "int6/clip12.85", "int7/f32", "int8", "fp8", "fp8/none", "int8/cross"]
+    labels = ["int2/clip2", "int3", "int4", "int5/tensor", "int6/clip12.85", "int7/f32", "int8", "fp8", "fp8/none"]
+    labels.append("int8/cross")
     tensors: dict[str, QuantizedTensor | np.ndarray] = {
         f"blocks.{index}.mixer.weight": quantize(rng.standard_normal((6, 10)), parse_grid_spec(label))
         for index, label in enumerate(labels)

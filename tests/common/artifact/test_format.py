@@ -153,21 +153,21 @@ def mini_read(data: bytes) -> tuple[dict[str, np.ndarray], dict]:
         n = sum(count for stream, count in wants if stream == index)
         classes[index] = values_of(index, n, [0] * n)
     contexts = {index: [] for index in range(len(parts))}
-    for (_, shape, _, code_stream, scale_stream, class_form, class_stream), (_, count) in zip(header["tensors"], wants):
+    for (_, shape, _, code_stream, _, class_form, class_stream), (_, count) in zip(header["tensors"], wants):
         rows, columns = (shape[0], product(shape[1:])) if len(shape) >= 2 else (1, product(shape))
         own = []
         if class_form != "none":
             own, classes[class_stream] = classes[class_stream][:count], classes[class_stream][count:]
         for row in range(rows):
             for column in range(columns):
-                contexts[code_stream].append(
-                    {
-                        "none": lambda: 0,
-                        "tensor": lambda: own[0],
-                        "row": lambda row=row: own[row],
-                        "cross": lambda row=row, column=column: own[row] + own[rows + column],
-                    }[class_form]()
-                )
+                context = 0
+                if class_form == "tensor":
+                    context = own[0]
+                elif class_form == "row":
+                    context = own[row]
+                elif class_form == "cross":
+                    context = own[row] + own[rows + column]
+                contexts[code_stream].append(context)
     assert not any(classes.values())
     queues = []
     for index in range(len(parts)):
@@ -213,7 +213,9 @@ def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
-@pytest.mark.parametrize("name,codecs", [("zstd", {"zstd"}), ("general", {"raw", "brotli", "lzma"}), ("rans", {"rans"})])
+@pytest.mark.parametrize(
+    "name,codecs", [("zstd", {"zstd"}), ("general", {"raw", "brotli", "lzma"}), ("rans", {"rans"})]
+)
 def test_golden_files_read_as_committed_and_so_does_the_mini_reader(name, codecs):
     """The files were written once; no later version may read other values from them."""
     path = GOLDEN / f"{name}.artifact"
