@@ -259,9 +259,10 @@ def readable_run():
     return observe_readable("seed_bpe")
 
 
-def test_the_bundle_is_the_entry_bit_for_bit(real_bundle, readable_run, tmp_path):
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_the_bundle_is_the_entry_bit_for_bit(real_bundle, readable_run, form, tmp_path):
     path = tmp_path / "train_gpt.py"
-    path.write_text(real_bundle.source, encoding="utf-8")
+    path.write_text(real_bundle.in_form(form).counted, encoding="utf-8")
     compare(readable_run, observe_bundled(path))
     assert [event["step"] for event in readable_run["log"] if event.get("event") == "step"] == [1, 2, 3, 4]
     assert any(event.get("event") == "validation" for event in readable_run["log"])
@@ -290,6 +291,13 @@ def test_a_bundle_that_imports_common_is_found(real_bundle, tmp_path):
     path.write_text(real_bundle.source.replace("import argparse\n", "import argparse\nimport common.errors\n", 1))
     with pytest.raises(GolfError, match="the bundle must not import common"):
         observe_bundled(path)
+
+
+def test_the_smallest_form_is_counted(real_bundle):
+    plain, packed = real_bundle.in_form("plain"), real_bundle.in_form("packed")
+    assert plain.counted == real_bundle.source
+    assert packed.code_bytes == len(packed.counted.encode()) < 0.3 * plain.code_bytes
+    assert real_bundle.in_form("smallest") == packed
 
 
 def test_a_check_without_steps_is_no_check():

