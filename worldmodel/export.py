@@ -30,6 +30,8 @@ GRIDS: dict[str, tuple[GridSpec, GridSpec]] = {
     # (weight matrices of transformer blocks, tables and the other matrices)
     "int8": (GridSpec("int", 8, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
     "int4": (GridSpec("int", 4, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
+    # steps of 0.4 and 0.2 sigma: the entropy coder, not the width of a code, decides what they cost
+    "step": (GridSpec("int", 8, "row", "bf16", 127 * 0.4), GridSpec("int", 8, "row", "bf16", 127 * 0.2)),
 }
 MIN_QUANTIZED_VALUES = 512
 
@@ -77,7 +79,7 @@ def export_world(world: World, path: str | Path, *, grid: str = "int8", overwrit
     Args:
         world: float world.
         path: file.
-        grid: int8, or int4 (matrices of blocks at 4 bits, the rest at 8).
+        grid: int8, int4 (matrices of blocks at 4 bits, the rest at 8), or step (free steps, under 4 bits a weight).
         overwrite: replace an existing file.
 
     Returns:

@@ -168,7 +168,7 @@ def test_shared_compilation_uses_each_worlds_own_weights(worlds, tmp_path):
         stored.sharing(worlds["ground-truth"])
 
 
-@pytest.mark.parametrize("grid", ["int8", "int4"])
+@pytest.mark.parametrize("grid", ["int8", "int4", "step"])
 @pytest.mark.parametrize("source", ["ground-truth", "latent"])
 def test_artifacts_hold_exactly_the_grid_of_the_weights(worlds, tmp_path, grid, source, monkeypatch):
     monkeypatch.setattr("worldmodel.export.MIN_QUANTIZED_VALUES", 32)
