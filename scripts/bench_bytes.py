@@ -7,6 +7,11 @@ in memory and is scored on the same validation tokens; `loss` is the difference 
 the seed document's quantizer (absmax int4, unscaled e4m3 embedding) with brotli; int6 at 12.85 sigma and int5 at 5
 sigma by GPTQ with brotli, embedding int8 by GPTQ, as the challenge's records store theirs; and free steps with our
 coder at a few sizes. Statistics come from training text.
+
+    python scripts/bench_bytes.py --synthetic
+
+writes nothing and trains nothing: the published configuration's shapes filled with Gaussian numbers, on the seed
+document's grids, through encoder and decoder, with the CPU seconds that they take.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ from submissions.jepa_mamba.train_gpt import (
     layer_statistics,
     open_tokenizer,
     open_tokens,
+    read_preset,
     select_kernels,
     storage_spec,
     token_nll,
@@ -170,6 +176,48 @@ class Bench:
         return row | {"budget_bytes": budget_bytes, "budget_share": share, "expected_loss_bpb": expected_bpb}
 
 
+def synthetic_state(seed: int = 0) -> dict[str, QuantizedTensor]:
+    """The published configuration with Gaussian weights on its grids: int4 rows, unscaled e4m3 embedding, bf16 vectors.
+
+    The embedding has the standard deviation 0.05, where unscaled e4m3 codes have 6.0 bits of entropy: 5.3 at the initial
+    0.02, 6.4 at 1.
+    """
+    config = replace(Config(), **read_preset("seed_bpe"))
+    with torch.device("meta"):
+        lm = LanguageModel(config, select_kernels("torch", CPU.device))
+    shapes = {name: tuple(p.shape) for name, p in lm.named_parameters()}
+    rng = np.random.default_rng(seed)
+    state = {}
+    for name, shape in shapes.items():
+        spec = storage_spec(name, torch.empty(shape, device="meta"), config)
+        if spec.kind == "fp8_e4m3":
+            spec = FP8_UNSCALED_GRID
+        elif spec.kind == "f32":
+            spec = GridSpec("bf16")
+        sigma = np.float32(0.05 if spec.kind == "fp8_e4m3" else 1.0)
+        state[name] = quantize(sigma * rng.standard_normal(shape, dtype=np.float32), spec, name)
+    return state
+
+
+def synthetic_row(state: dict[str, QuantizedTensor]) -> dict:
+    """Bytes and CPU seconds of a state through the artifact; raises DataError if a code or scale comes back changed."""
+    started_s = time.process_time()
+    data = encode_artifact(state, {})
+    encode_s = time.process_time() - started_s
+    back, _, report = decode_artifact(data)
+    decode_s = time.process_time() - started_s - encode_s
+    for name, q in state.items():
+        stored = back[name]
+        if not isinstance(stored, QuantizedTensor) or not np.array_equal(stored.codes, q.codes):
+            raise DataError(f"{name} does not come back as it was stored")
+        if not np.array_equal(stored.scales, q.scales):
+            raise DataError(f"the scales of {name} do not come back as they were stored")
+    kinds = ("int", "fp8_e4m3", "bf16")
+    counts = {kind: sum(q.codes.size for q in state.values() if q.spec.kind == kind) for kind in kinds}
+    row = {"bytes": len(data), "encode_cpu_s": encode_s, "decode_cpu_s": decode_s, "weights": report.n_weights}
+    return row | counts
+
+
 def bytes_at(rows: Sequence[dict], loss_bpb: float) -> float | None:
     """Bytes at which a curve of rows has this loss, linear between neighbours; None outside of it."""
     ordered = sorted(rows, key=lambda row: row["bytes"])
@@ -201,14 +249,20 @@ def summary_lines(others: Sequence[dict], ours: Sequence[dict]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="run folder with a checkpoint")
-    parser.add_argument("--data", type=Path, required=True, help="folder of its shards")
+    parser.add_argument("--synthetic", action="store_true", help="the published shapes with Gaussian weights instead")
+    parser.add_argument("--run", type=Path, help="run folder with a checkpoint")
+    parser.add_argument("--data", type=Path, help="folder of its shards")
     parser.add_argument("--tokens", type=int, default=60_000, help="validation tokens to score (%(default)s)")
     parser.add_argument("--statistics-tokens", type=int, default=32_768, help="training tokens (%(default)s)")
     parser.add_argument("--rate", type=float, default=Config().rate, help="weight of the coder's cost (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
+    if not options.synthetic and not (options.run and options.data):
+        parser.error("give --run and --data, or --synthetic")
     try:
+        if options.synthetic:
+            print(json.dumps(synthetic_row(synthetic_state())))
+            return 0
         bench = Bench(options.run, options.data, options.tokens, options.statistics_tokens)
         others = bench.others()
         smallest = min(row["bytes"] for row in others)

@@ -31,9 +31,9 @@ GRIDS: dict[str, tuple[GridSpec, GridSpec]] = {
     "int8": (GridSpec("int", 8, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
     "int4": (GridSpec("int", 4, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
 }
-# Grid "step": the step of each matrix in sigmas of its rows, by the first part that its name contains; the entropy coder
-# charges about log2(1 / step) + 2.05 bits. What pixels come through must be fine, what leads to tokens may be coarse
-# (LOG.md has the sweep that says so).
+# Grid "step": the step of each matrix in sigmas of its rows, by the first part that its name contains; the entropy
+# coder charges about log2(1 / step) + 2.05 bits. What pixels come through must be fine, what leads to tokens may be
+# coarse (LOG.md has the sweep that says so).
 STEP_SIGMAS = (
     ("/path_out/", 0.05),
     ("/codebook", 0.08),

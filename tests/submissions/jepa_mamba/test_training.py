@@ -110,7 +110,8 @@ def test_training_export_and_scoring_hold_the_same_weights_bit_for_bit(bits: int
 
 
 def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: Path) -> None:
-    config = tiny(**EVERYTHING, ema_start_fraction=0.0, model_dim=64, headdim=32, free_steps=True, statistics_tokens=512)
+    free = {"free_steps": True, "statistics_tokens": 512, "model_dim": 64, "headdim": 32}
+    config = tiny(**EVERYTHING, **free, ema_start_fraction=0.0)
     trainer, tokenizer = Trainer(config, KERNELS, ALONE), load_tokenizer("byte")
     trainer.step(batch_of(config), Progress(0, 0.0))
     statistics = trainer.statistics([batch_of(config, 1), batch_of(config, 2)])
@@ -120,7 +121,7 @@ def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: P
     before = {name: p.detach().clone() for name, p in trainer.model.lm.named_parameters()}
 
     budget_bytes = 60_000
-    plan, points = trainer.plan(statistics, tokenizer, budget_bytes)
+    plan, _ = trainer.plan(statistics, tokenizer, budget_bytes)
     assert plan.expected_nats.keys() == matrices
     # training on these steps: every compute weight lies on its grid, masters keep their float values
     trainer.masters.train_on(
@@ -152,6 +153,7 @@ def test_statistics_predict_the_loss_of_a_small_change() -> None:
     trainer = Trainer(config, KERNELS, ALONE)
     batch = batch_of(config)
     found = trainer.statistics([batch])["blocks.0.mlp.down.weight"]
+    trainer.masters.publish(False)  # statistics are of the float weights
     lm = trainer.model.lm
     module = lm.get_submodule("blocks.0.mlp.down")
     seen: dict[str, torch.Tensor] = {}
