@@ -179,8 +179,8 @@ class Bench:
 def synthetic_state(seed: int = 0) -> dict[str, QuantizedTensor]:
     """The published configuration with Gaussian weights on its grids: int4 rows, unscaled e4m3 embedding, bf16 vectors.
 
-    The embedding has the standard deviation 0.05, where unscaled e4m3 codes have 6.0 bits of entropy: 5.3 at the initial
-    0.02, 6.4 at 1.
+    The embedding has the standard deviation 0.05, where unscaled e4m3 codes have 6.0 bits of entropy: 5.3 at 0.02, as
+    initialised, and 6.4 at 1.
     """
     config = replace(Config(), **read_preset("seed_bpe"))
     with torch.device("meta"):
