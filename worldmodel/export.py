@@ -32,18 +32,20 @@ GRIDS: dict[str, tuple[GridSpec, GridSpec]] = {
     "int4": (GridSpec("int", 4, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
 }
 # Grid "step": the step of each matrix in sigmas of its rows, by the first part that its name contains; the entropy
-# coder charges about log2(1 / step) + 2.05 bits. What pixels come through must be fine, what leads to tokens may be
-# coarse (LOG.md has the sweep that says so).
+# coder charges about log2(1 / step) + 2.05 bits. What pixels and tokens' values come through must be fine, what
+# leads to tokens may be coarse (LOG.md has the sweep that says so).
 STEP_SIGMAS = (
     ("/path_out/", 0.05),
-    ("/codebook", 0.08),
-    ("/patch_in/", 0.6),
-    ("/path_in/", 0.5),
-    ("/patch_out/", 0.25),
-    ("/latent_", 0.2),
-    ("/layer_", 0.35),
-    ("/token_table", 0.4),
-    ("", 0.25),
+    ("/codebook", 0.1),
+    ("/codes_VL", 0.1),
+    ("/token_in/", 0.1),
+    ("/latent_", 0.1),
+    ("/patch_out/", 0.3),
+    ("/layer_", 0.4),
+    ("/path_in/", 0.6),
+    ("/patch_in/", 0.8),
+    ("/token_table", 0.8),
+    ("", 0.1),
 )
 GRID_NAMES = (*GRIDS, "step")
 MIN_QUANTIZED_VALUES = 512

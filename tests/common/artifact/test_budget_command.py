@@ -1,4 +1,4 @@
-"""python -m common.artifact budget: the file fills the budget, the plan and the curve are printed, bad input is named."""
+"""python -m common.artifact budget: the file fills the budget, plan and curve are printed, bad input is named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def inputs(tmp_path):
 def test_plan_curve_and_file(inputs, capsys):
     out = inputs / "model.artifact"
     paths = [str(inputs / "float.artifact"), str(inputs / "statistics.artifact")]
-    options = ["--bytes", "14000", "--code-bytes", "2000", "--points", "1", "--bytes-per-token", "3.7", "--out", str(out)]
+    options = ["--bytes", "14000", "--code-bytes", "2000", "--points", "1", "--bytes-per-token", "3.7"]
+    options += ["--out", str(out)]
     assert main(["budget", *paths, *options]) == 0
     assert 0.995 * 12_000 <= out.stat().st_size <= 12_000
     tensors, meta = load_artifact(out)
