@@ -28,7 +28,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from common.errors import ConfigError, DataError, GolfError
 from common.files import write_atomically
 from common.text.shards import write_shard
 from common.text.tokenizer import load_tokenizer
+from scripts.pack import pack_source
 from submissions.jepa_mamba.train_gpt import RESUME_FREE_FIELDS, Config, read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,10 +80,21 @@ class Bundle:
     source: str
     modules: tuple[str, ...]
     imports: tuple[str, ...]  # root modules of third parties that it imports anywhere
+    form: str = "plain"  # of `counted`: "plain", or "packed": comments and docstrings out, compressed (scripts/pack.py)
+
+    @property
+    def counted(self) -> str:
+        """The text of train_gpt.py, whose bytes count."""
+        return self.source if self.form == "plain" else pack_source(self.source)
 
     @property
     def code_bytes(self) -> int:
-        return len(self.source.encode())
+        return len(self.counted.encode())
+
+    def in_form(self, form: str) -> Bundle:
+        """The bundle in "plain", "packed", or whichever is "smallest"."""
+        forms = [replace(self, form=name) for name in (("plain", "packed") if form == "smallest" else (form,))]
+        return min(forms, key=lambda bundle: bundle.code_bytes)
 
 
 def module_path(root: Path, dotted: str, importer: str, line: int) -> str:
@@ -368,7 +380,10 @@ def readme_text(root: Path, entry: str, preset_name: str, bundle: Bundle, record
     lines += ["## Run", "", "```", "pip install -r requirements.txt"]
     lines += ["torchrun --standalone --nproc_per_node=8 train_gpt.py --data_path DATA"]
     lines += ["python train_gpt.py --score ARTIFACT --val 'DATA/*_val_*.bin'", "```", ""]
-    lines += ["`train_gpt.py` is made of these files, inlined unchanged by `scripts/bundle.py`:", ""]
+    if bundle.form == "packed":
+        lines += ["`train_gpt.py` is packed: it writes the program beside itself and runs it there. Nothing uses"]
+        lines += ["`plain_train_gpt.py`, the same program with its comments.", ""]
+    lines += ["The program is made of these files, inlined unchanged by `scripts/bundle.py`:", ""]
     lines += [f"- `{path}`" for path in bundle.modules]
     lines += ["", "## Results", "", f"Code: {bundle.code_bytes:,} bytes."]
     if record["seed_results"]:
@@ -388,19 +403,26 @@ def readme_text(root: Path, entry: str, preset_name: str, bundle: Bundle, record
 
 
 def write_dist(
-    out: Path, preset_name: str, run_paths: Sequence[Path], about: dict[str, Any], root: Path = ROOT
+    out: Path,
+    preset_name: str,
+    run_paths: Sequence[Path],
+    about: dict[str, Any],
+    root: Path = ROOT,
+    form: str = "plain",
 ) -> tuple[Bundle, dict[str, Any]]:
     """Write dist/jepa_mamba/ anew. Raises GolfError, before anything is replaced, if something does not fit."""
     preset = read_preset(preset_name)
-    bundle = make_bundle(root, ENTRY, preset)
+    bundle = make_bundle(root, ENTRY, preset).in_form(form)
     runs = read_runs(run_paths, preset_name, preset)
     record = submission_record(about, runs, bundle.code_bytes)
     files = {
-        "train_gpt.py": bundle.source.encode(),
+        "train_gpt.py": bundle.counted.encode(),
         "README.md": readme_text(root, ENTRY, preset_name, bundle, record).encode(),
         "submission.json": (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode(),
         "requirements.txt": requirements(root, bundle.imports).encode(),
     }
+    if bundle.form != "plain":
+        files["plain_train_gpt.py"] = bundle.source.encode()
     files |= {f"train_seed{run['seed']}.log": (run["folder"] / "train.log").read_bytes() for run in runs}
     out.mkdir(parents=True, exist_ok=True)
     for old in out.iterdir():  # an old log beside new scores would be a lie
@@ -523,6 +545,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="seed_bpe", help="preset that the file is made for (default seed_bpe)")
     parser.add_argument("--runs", nargs="*", type=Path, default=[], help="folders of finished runs, one a seed")
     parser.add_argument("--out", type=Path, default=ROOT / "dist" / "jepa_mamba", help="folder to write")
+    forms = ("smallest", "plain", "packed")
+    parser.add_argument("--form", choices=forms, default="smallest", help="of train_gpt.py (default %(default)s)")
     parser.add_argument("--check", action="store_true", help="train both forms for a few steps and compare bit for bit")
     parser.add_argument("--name", default="JEPA + Mamba-2", help="name in submission.json")
     parser.add_argument("--author", default=None, help="author in submission.json")
@@ -534,8 +558,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     about = {name: getattr(arguments, name) for name in ("name", "author", "github_id", "blurb", "date", "track")}
     try:
-        bundle, record = write_dist(arguments.out, arguments.preset, arguments.runs, about)
-        print(f"{arguments.out}: {bundle.code_bytes:,} bytes of code from {len(bundle.modules)} files")
+        bundle, record = write_dist(arguments.out, arguments.preset, arguments.runs, about, form=arguments.form)
+        print(f"{arguments.out}: {bundle.code_bytes:,} bytes of {bundle.form} code from {len(bundle.modules)} files")
+        print(", ".join(f"{form} {bundle.in_form(form).code_bytes:,} bytes" for form in ("plain", "packed")))
         print(f"room for weights: {CHALLENGE_BUDGET_BYTES - bundle.code_bytes:,} of {CHALLENGE_BUDGET_BYTES:,} bytes")
         if record["bytes_total"] is None:
             print("submission.json has no score: name finished runs with --runs (make bundle RUNS='runs/a runs/b')")
@@ -546,9 +571,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_budget(record["bytes_total"])
         if arguments.check:
             seen = observe_readable(arguments.preset)
-            compare(seen, observe_bundled(arguments.out / "train_gpt.py"))
+            for form in ("plain", "packed"):
+                with tempfile.TemporaryDirectory(prefix="bundle-form-") as name:
+                    (Path(name) / "train_gpt.py").write_text(bundle.in_form(form).counted, encoding="utf-8")
+                    compare(seen, observe_bundled(Path(name) / "train_gpt.py"))
             steps = sum(event.get("event") == "step" for event in seen["log"])
-            print(f"check: {steps} steps, artifact and scores of both forms are equal, bit for bit")
+            print(f"check: {steps} steps, artifact and scores of all forms (readable, plain, packed) are bitwise equal")
     except GolfError as error:
         print(f"bundle: {error}", file=sys.stderr)
         return 2

@@ -43,6 +43,8 @@ NUMPY_ONLY_EXTRAS = {
     "common/text/": set(),
     "common/quant/grid.py": set(),
     "common/quant/bitpack.py": set(),
+    "common/quant/gptq.py": set(),
+    "common/quant/plan.py": set(),
     "common/errors.py": set(),
     "common/files.py": set(),
     "common/report.py": set(),

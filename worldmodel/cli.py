@@ -101,7 +101,7 @@ class ExportCommand:
     out: str
     """Artifact file."""
     tokenizer_run: str = ""
-    grid: Literal["int8", "int4"] = "int8"
+    grid: Literal["int8", "int4", "step"] = "int8"
     overwrite: bool = False
 
 

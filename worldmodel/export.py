@@ -31,6 +31,23 @@ GRIDS: dict[str, tuple[GridSpec, GridSpec]] = {
     "int8": (GridSpec("int", 8, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
     "int4": (GridSpec("int", 4, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
 }
+# Grid "step": the step of each matrix in sigmas of its rows, by the first part that its name contains; the entropy
+# coder charges about log2(1 / step) + 2.05 bits. What pixels and tokens' values come through must be fine, what
+# leads to tokens may be coarse (LOG.md has the sweep that says so).
+STEP_SIGMAS = (
+    ("/path_out/", 0.05),
+    ("/codebook", 0.1),
+    ("/codes_VL", 0.1),
+    ("/token_in/", 0.1),
+    ("/latent_", 0.1),
+    ("/patch_out/", 0.3),
+    ("/layer_", 0.4),
+    ("/path_in/", 0.6),
+    ("/patch_in/", 0.8),
+    ("/token_table", 0.8),
+    ("", 0.1),
+)
+GRID_NAMES = (*GRIDS, "step")
 MIN_QUANTIZED_VALUES = 512
 
 
@@ -64,8 +81,12 @@ def fill_model(model: Any, flat: dict[str, np.ndarray], *, where: str) -> Any:
     return Functional(model).merge(*filled)
 
 
-def _is_block_matrix_name(name: str) -> bool:
-    return name.endswith("/kernel") and "/layer_" in name
+def grid_of(grid: str, name: str) -> GridSpec:
+    """The grid of a matrix by its full name ("tokenizer/params/..."), for a name of GRID_NAMES."""
+    if grid == "step":
+        sigmas = next(sigmas for part, sigmas in STEP_SIGMAS if part in name)
+        return GridSpec("int", 8, "row", "bf16", 127 * sigmas)
+    return GRIDS[grid][0 if name.endswith("/kernel") and "/layer_" in name else 1]
 
 
 def export_world(world: World, path: str | Path, *, grid: str = "int8", overwrite: bool = False) -> SizeReport:
@@ -77,7 +98,7 @@ def export_world(world: World, path: str | Path, *, grid: str = "int8", overwrit
     Args:
         world: float world.
         path: file.
-        grid: int8, or int4 (matrices of blocks at 4 bits, the rest at 8).
+        grid: int8, int4 (matrices of blocks at 4 bits, the rest at 8), or step (free steps, under 4 bits a weight).
         overwrite: replace an existing file.
 
     Returns:
@@ -86,19 +107,17 @@ def export_world(world: World, path: str | Path, *, grid: str = "int8", overwrit
     Raises:
         ConfigError: unknown grid, or the file exists.
     """
-    if grid not in GRIDS:
-        raise ConfigError(f"unknown grid {grid!r}; choose from {', '.join(GRIDS)}")
+    if grid not in GRID_NAMES:
+        raise ConfigError(f"unknown grid {grid!r}; choose from {', '.join(GRID_NAMES)}")
     if Path(path).exists() and not overwrite:
         raise ConfigError(f"{path} exists; choose another --out or pass --overwrite")
-    block_spec, table_spec = GRIDS[grid]
     tensors: dict[str, QuantizedTensor | np.ndarray] = {}
     for prefix, model in (("tokenizer", world.tokenizer), ("dynamics", world.dynamics)):
         for name, value in inference_values(model).items():
             full = f"{prefix}/{name}"
             if value.ndim == 2 and value.size >= MIN_QUANTIZED_VALUES:
-                spec = block_spec if _is_block_matrix_name(name) else table_spec
                 rows = np.ascontiguousarray(value.T) if name.endswith("/kernel") else value
-                tensors[full] = quantize(rows, spec, full)
+                tensors[full] = quantize(rows, grid_of(grid, full), full)
             else:
                 tensors[full] = value
     meta = {

@@ -1,15 +1,27 @@
-"""Look into an artifact: python -m common.artifact inspect FILE."""
+"""python -m common.artifact inspect FILE; python -m common.artifact budget WEIGHTS STATISTICS."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 
-from common.artifact.budget import SizeReport, format_size_table, format_text_table
-from common.artifact.container import read_artifact
-from common.errors import ArtifactError
+import numpy as np
+
+from common.artifact.budget import (
+    CHALLENGE_BUDGET_BYTES,
+    SizeReport,
+    check_budget,
+    format_size_table,
+    format_text_table,
+)
+from common.artifact.container import decode_artifact, encode_artifact, load_artifact, read_artifact, save_artifact
+from common.errors import ArtifactError, GolfError
+from common.quant.gptq import LayerStatistics
+from common.quant.grid import grid_rows, parse_grid_spec, rms_sigma
+from common.quant.plan import ModelPlan, fit_budget, plan_model
 
 
 def _tensor_table(report: SizeReport) -> str:
@@ -28,18 +40,9 @@ def _stream_table(report: SizeReport) -> str:
     return format_text_table(rows, left_columns=3)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, or 2 for a file that cannot be read as an artifact."""
-    parser = argparse.ArgumentParser(prog="python -m common.artifact", description="Look into a model artifact.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect_command = commands.add_parser("inspect", help="print every tensor with its grid and its bytes, then totals")
-    inspect_command.add_argument("file", metavar="FILE", help="the artifact")
-    options = parser.parse_args(arguments)
-    try:
-        _, meta, report = read_artifact(options.file)
-    except ArtifactError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def inspect_file(path: str) -> None:
+    """Print every tensor, stream and total of an artifact, and its meta data. Raises ArtifactError."""
+    _, meta, report = read_artifact(path)
     print(_tensor_table(report))
     print()
     print(_stream_table(report))
@@ -47,6 +50,104 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(format_size_table(report))
     print()
     print("meta", json.dumps(meta, indent=2))  # ASCII: nothing in it can steer a terminal
+
+
+def load_statistics(path: str) -> dict[str, LayerStatistics]:
+    """Layer statistics of an artifact that holds NAME/hessian and NAME/sensitivity for each matrix NAME.
+
+    Raises ArtifactError.
+    """
+    arrays, _ = load_artifact(path)
+    names = sorted({name.rsplit("/", 1)[0] for name in arrays})
+    wanted = {f"{name}/{part}" for name in names for part in ("hessian", "sensitivity")}
+    if set(arrays) != wanted:
+        stray = sorted(set(arrays) ^ wanted)[0]
+        raise ArtifactError(f"{path}: {stray!r} has no partner among NAME/hessian and NAME/sensitivity")
+    found = {}
+    for name in names:
+        hessian, sensitivity = (arrays[f"{name}/{part}"].astype(np.float64) for part in ("hessian", "sensitivity"))
+        if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1] or sensitivity.ndim != 1:
+            raise ArtifactError(f"{path}: {name} has statistics of shapes {hessian.shape} and {sensitivity.shape}")
+        found[name] = LayerStatistics(hessian, sensitivity)
+    return found
+
+
+def _plan_table(plan: ModelPlan, weights: dict[str, np.ndarray], report: SizeReport) -> str:
+    rows = [["tensor", "grid", "step/sigma", "bits/weight", "bytes", "expected loss, nats"]]
+    for tensor in report.tensors:
+        q = plan.tensors[tensor.name]
+        ratio = "-"
+        if tensor.name in plan.expected_nats:
+            n_rows, _ = grid_rows(q.shape)
+            sigma_R = np.maximum(rms_sigma(weights[tensor.name]), np.float32(1e-30))
+            ratio = f"{float(np.median(q.scales[:n_rows] / sigma_R) * np.median(q.scales[n_rows:])):.3f}"
+        expected = f"{plan.expected_nats[tensor.name]:.2e}" if tensor.name in plan.expected_nats else "-"
+        bits = f"{tensor.bits_per_weight:.3f}" if tensor.n_weights else "-"
+        rows.append([tensor.name, tensor.grid, ratio, bits, f"{tensor.total_bytes:,}", expected])
+    return format_text_table(rows, left_columns=2)
+
+
+def fit_file(options: argparse.Namespace) -> None:
+    """Print the plan that fills the budget and the curve bytes <-> expected bpb; write the artifact if asked.
+
+    Raises GolfError.
+    """
+    weights, meta = load_artifact(options.weights)
+    statistics = load_statistics(options.statistics)
+    strangers = sorted(set(statistics) - set(weights))
+    if strangers:
+        raise ArtifactError(f"{options.statistics}: {strangers[0]!r} is no tensor of {options.weights}")
+    rest = parse_grid_spec(options.rest)
+    specs = dict.fromkeys(weights, rest)
+    budget_bytes = options.bytes - options.code_bytes
+
+    def make(loss_nats: float) -> ModelPlan:
+        return plan_model(weights, statistics, specs, loss_nats, options.rate)
+
+    def size_of(plan: ModelPlan) -> int:
+        return len(encode_artifact(plan.tensors, meta))
+
+    plan, points = fit_budget(make, size_of, budget_bytes, start_nats=options.start)
+    for factor in [2.0**power for power in range(-options.points, options.points + 1) if power]:
+        other = make(plan.loss_nats * factor)
+        points.append((other.loss_nats, size_of(other), sum(other.expected_nats.values())))
+    data = encode_artifact(plan.tensors, meta)
+    check_budget(len(data) + options.code_bytes, options.bytes)
+    report = save_artifact(options.out, plan.tensors, meta) if options.out else decode_artifact(data)[2]
+    print(_plan_table(plan, weights, report))
+    print()
+    print(format_size_table(report, options.code_bytes, options.bytes))
+    print()
+    rows = [["bytes", "of the budget", "loss a weight, nats", "expected loss, nats", "expected bpb"]]
+    for loss_nats, size, expected in sorted(set(points), key=lambda point: -point[1]):
+        bpb = f"+{expected / math.log(2) / options.bytes_per_token:.5f}" if options.bytes_per_token else "-"
+        rows.append([f"{size:,}", f"{size / budget_bytes:.2%}", f"{loss_nats:.3e}", f"{expected:.5f}", bpb])
+    print(format_text_table(rows, left_columns=0))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, or 2 for a file that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m common.artifact", description="Look into a model artifact.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect_command = commands.add_parser("inspect", help="print every tensor with its grid and its bytes, then totals")
+    inspect_command.add_argument("file", metavar="FILE", help="the artifact")
+    budget = commands.add_parser("budget", help="choose every step to fill a budget; print plan and curve")
+    budget.add_argument("weights", metavar="WEIGHTS", help="artifact of float weights")
+    budget.add_argument("statistics", metavar="STATISTICS", help="artifact of NAME/hessian and NAME/sensitivity")
+    budget.add_argument("--bytes", type=int, default=CHALLENGE_BUDGET_BYTES, help="for code and weights (%(default)s)")
+    budget.add_argument("--code-bytes", type=int, default=0, help="of the code that is counted with them")
+    budget.add_argument("--rest", default="bf16", help="grid of tensors without statistics (%(default)s)")
+    budget.add_argument("--rate", type=float, default=0.25, help="weight of the coder's cost in rounding (%(default)s)")
+    budget.add_argument("--start", type=float, default=1e-9, help="loss a weight to begin with, nats (%(default)s)")
+    budget.add_argument("--points", type=int, default=0, help="halvings and doublings of the loss to add to the curve")
+    budget.add_argument("--bytes-per-token", type=float, default=0.0, help="of the text, for expected bpb")
+    budget.add_argument("--out", metavar="FILE", help="write the artifact")
+    options = parser.parse_args(arguments)
+    try:
+        inspect_file(options.file) if options.command == "inspect" else fit_file(options)
+    except GolfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

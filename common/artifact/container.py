@@ -14,13 +14,16 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.artifact.budget import SizeReport, StreamSize, TensorSize, apportion_bytes
-from common.artifact.entropy import ARTIFACT_CODECS, compress_smallest, decompress_stream
+from common.artifact.classes import CLASS_FORMS, choose_classes, class_count, spread_classes
+from common.artifact.entropy import ARTIFACT_CODECS, compress_if_smaller, compress_smallest, decompress_stream
+from common.artifact.rans import rans_decode, rans_encode
 from common.errors import ArtifactError, ConfigError
 from common.files import write_atomically
 from common.quant.bitpack import pack_codes, packed_size_bytes, unpack_codes
@@ -35,7 +38,7 @@ from common.quant.grid import (
 )
 
 ARTIFACT_MAGIC = b"\x93GOLFART"
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 ARTIFACT_DIGEST_BYTES = 16
 # magic, version, header codec, stored and raw bytes of the header, bytes of the file
 ARTIFACT_PREFIX = struct.Struct("<8sBBIIQ")
@@ -54,6 +57,7 @@ ARTIFACT_MAX_META_DEPTH = 32
 _PACK_LAYOUTS = {f"pack{bits}": bits for bits in range(1, 9)}
 _PLANE_LAYOUTS = {"planes2": 2, "planes4": 4}
 _ESTIMATE_VALUES = 1 << 20  # how many values of a stream decide its layout
+STREAM_CODECS = (*ARTIFACT_CODECS, "rans")  # rans codes values, not bytes: it is for streams, not for the header
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts
@@ -83,6 +87,31 @@ def _values_to_bytes(values: np.ndarray, layout: str) -> bytes:
     word_bytes = _PLANE_LAYOUTS[layout]
     words = _rotate_left(values).astype(f"<u{word_bytes}").view(np.uint8).reshape(-1, word_bytes)
     return np.ascontiguousarray(words.T).tobytes()
+
+
+def _values_to_symbols(values: np.ndarray, contexts: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """What rans codes: small values themselves; floats byte plane by byte plane, each with its table."""
+    if values.dtype == np.uint8:
+        return values, contexts, 1 if contexts is None else int(contexts.max(initial=0)) + 1
+    word_bytes = values.dtype.itemsize
+    planes = np.frombuffer(_values_to_bytes(values, f"planes{word_bytes}"), np.uint8)
+    return planes, _plane_contexts(values.size, word_bytes), word_bytes
+
+
+def _plane_contexts(count: int, word_bytes: int) -> np.ndarray:
+    return np.repeat(np.arange(word_bytes, dtype=np.uint8), count)
+
+
+def _rans_values(stored: bytes, layout: str, count: int, contexts: np.ndarray | None) -> np.ndarray:
+    """Values of a rans stream."""
+    if layout in _PLANE_LAYOUTS:
+        word_bytes = _PLANE_LAYOUTS[layout]
+        planes = rans_decode(stored, word_bytes * count, _plane_contexts(count, word_bytes))
+        return _bytes_to_values(planes.tobytes(), layout, count)
+    values = rans_decode(stored, count, contexts)
+    if values.size and int(values.max()) >> _PACK_LAYOUTS[layout]:
+        raise ArtifactError(f"the rans stream holds {int(values.max())}, more than {layout} can")
+    return values
 
 
 def _bytes_to_values(raw: bytes, layout: str, count: int) -> np.ndarray:
@@ -247,6 +276,7 @@ class _StreamPlan:
 
     layouts: tuple[str, ...]
     parts: list[np.ndarray] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)  # of codes that may have classes: whose they are, in order
 
 
 def _code_layouts(spec: GridSpec) -> tuple[str, ...]:
@@ -271,10 +301,27 @@ def _choose_layout(values: np.ndarray, layouts: tuple[str, ...], codecs: Sequenc
     return layouts[sizes.index(min(sizes))]
 
 
+def _contexts(parts: Sequence[tuple[tuple[int, ...], str, np.ndarray]]) -> np.ndarray | None:
+    """Contexts (uint8) of the codes of a stream from (shape, form, classes) of its tensors; None where all are 0.
+
+    Raises ArtifactError as spread_classes.
+    """
+    if all(form == "none" for _, form, _ in parts):
+        return None
+    contexts = np.zeros(sum(math.prod(shape) for shape, _, _ in parts), np.uint8)
+    at = 0
+    for shape, form, classes in parts:
+        count = math.prod(shape)
+        if count and form != "none":
+            contexts[at : at + count] = spread_classes(classes, shape, form)
+        at += count
+    return contexts
+
+
 def encode_artifact(
     tensors: Mapping[str, QuantizedTensor | np.ndarray],
     meta: Mapping[str, Any],
-    codecs: Sequence[str] = ARTIFACT_CODECS,
+    codecs: Sequence[str] = STREAM_CODECS,
 ) -> bytes:
     """Bytes of the file that save_artifact writes; arguments and errors as there."""
     quantized: dict[str, QuantizedTensor] = {}
@@ -294,30 +341,51 @@ def encode_artifact(
     _check_meta(dict(meta), "meta")
 
     plans: dict[tuple[str, ...], _StreamPlan] = {}
-    grids: dict[GridSpec, int] = {}
-    rows: list[list[object]] = []
     for name, q in quantized.items():
-        code_key = ("codes", q.spec.kind, str(q.spec.bits))
-        plan = plans.setdefault(code_key, _StreamPlan(_code_layouts(q.spec)))
+        plan = plans.setdefault(("codes", q.spec.kind, str(q.spec.bits)), _StreamPlan(_code_layouts(q.spec)))
         plan.parts.append(_codes_to_words(q))
-        scale_index = -1
+        plan.tensors.append(name)
         if q.spec.scale != "none":
-            scale_key = ("scales", q.spec.scale_dtype)
             layout = "planes2" if q.spec.scale_dtype == "bf16" else "planes4"
-            plans.setdefault(scale_key, _StreamPlan((layout,))).parts.append(_scale_words(q))
-            scale_index = list(plans).index(scale_key)
-        rows.append(
-            [name, list(q.shape), grids.setdefault(q.spec, len(grids)), list(plans).index(code_key), scale_index]
-        )
+            plans.setdefault(("scales", q.spec.scale_dtype), _StreamPlan((layout,))).parts.append(_scale_words(q))
 
     layouts: list[str] = []
-    raws: list[bytes] = []
-    for plan in plans.values():
+    streams: list[tuple[str, bytes]] = []
+    classes: dict[str, tuple[str, np.ndarray]] = {}
+    for key, plan in plans.items():
         values = np.concatenate(plan.parts)
         plan.parts.clear()
+        stored = None
+        if "rans" in codecs:
+            contexts = None
+            if key[0] == "codes" and key[1] in ("int", "fp8_e4m3"):
+                own = choose_classes([quantized[name] for name in plan.tensors])
+                classes |= dict(zip(plan.tensors, own, strict=True))
+                contexts = _contexts([(quantized[name].shape, *classes[name]) for name in plan.tensors])
+            stored = rans_encode(*_values_to_symbols(values, contexts))
         layouts.append(_choose_layout(values, plan.layouts, codecs))
-        raws.append(_values_to_bytes(values, layouts[-1]))
-    streams = compress_smallest(raws, codecs)
+        streams.append(compress_if_smaller(_values_to_bytes(values, layouts[-1]), codecs, stored))
+        if streams[-1][0] != "rans":
+            classes |= {name: ("none", np.zeros(0, np.uint8)) for name in plan.tensors}
+    class_values = [classes[name][1] for name in quantized if name in classes and classes[name][0] != "none"]
+    if class_values:
+        values = np.concatenate(class_values)
+        layouts.append(f"pack{max(int(values.max()).bit_length(), 1)}")
+        plans["classes",] = _StreamPlan((layouts[-1],))
+        stored = rans_encode(values, None) if "rans" in codecs else None
+        streams.append(compress_if_smaller(_values_to_bytes(values, layouts[-1]), codecs, stored))
+
+    grids: dict[GridSpec, int] = {}
+    index_of = {key: index for index, key in enumerate(plans)}
+    rows: list[list[object]] = []
+    for name, q in quantized.items():
+        form = classes.get(name, ("none",))[0]
+        rows.append([
+            name, list(q.shape), grids.setdefault(q.spec, len(grids)),
+            index_of["codes", q.spec.kind, str(q.spec.bits)],
+            -1 if q.spec.scale == "none" else index_of["scales", q.spec.scale_dtype],
+            form, -1 if form == "none" else index_of["classes",],
+        ])  # fmt: skip
 
     header = {
         "grids": [[spec.kind, spec.bits, spec.scale, spec.scale_dtype, spec.clip] for spec in grids],
@@ -331,7 +399,7 @@ def encode_artifact(
         raise ArtifactError(f"meta holds text that is not valid Unicode: {error}") from error
     if len(text) > ARTIFACT_MAX_HEADER_BYTES:
         raise ArtifactError(f"names, shapes and meta take {len(text)} bytes: at most {ARTIFACT_MAX_HEADER_BYTES}")
-    [(header_codec, stored_header)] = compress_smallest([text], codecs)
+    [(header_codec, stored_header)] = compress_smallest([text], [codec for codec in codecs if codec != "rans"])
     body = b"".join(data for _, data in streams)
     file_bytes = ARTIFACT_PREFIX.size + len(stored_header) + len(body) + ARTIFACT_DIGEST_BYTES
     _check_element_count((q.shape for q in quantized.values()), file_bytes)
@@ -349,7 +417,7 @@ def save_artifact(
     path: str | os.PathLike[str],
     tensors: Mapping[str, QuantizedTensor | np.ndarray],
     meta: Mapping[str, Any],
-    codecs: Sequence[str] = ARTIFACT_CODECS,
+    codecs: Sequence[str] = STREAM_CODECS,
 ) -> SizeReport:
     """Write a model to one file.
 
@@ -396,6 +464,7 @@ class _StreamEntry:
     layout: str
     stored_bytes: int
     n_values: int = 0
+    holds: str = ""  # "values" or "classes"
 
 
 @dataclass(frozen=True)
@@ -409,6 +478,9 @@ class _TensorEntry:
     code_start: int
     scale_stream: int
     scale_start: int
+    class_form: str
+    class_stream: int
+    class_start: int
 
     @property
     def n_elements(self) -> int:
@@ -464,8 +536,8 @@ def _parse_grids(header: Mapping[str, object]) -> list[GridSpec]:
 def _parse_streams(header: Mapping[str, object]) -> list[_StreamEntry]:
     streams = []
     for codec, layout, stored_bytes in _header_rows(header, "streams", 3):
-        if codec not in ARTIFACT_CODECS:
-            raise ArtifactError(f"codec {codec!r:.80} is unknown: this reader has {', '.join(ARTIFACT_CODECS)}")
+        if codec not in STREAM_CODECS:
+            raise ArtifactError(f"codec {codec!r:.80} is unknown: this reader has {', '.join(STREAM_CODECS)}")
         if not isinstance(layout, str) or (layout not in _PACK_LAYOUTS and layout not in _PLANE_LAYOUTS):
             raise ArtifactError(f"stream layout {layout!r:.80} is unknown")
         if type(stored_bytes) is not int or not 0 <= stored_bytes <= ARTIFACT_MAX_FILE_BYTES:
@@ -474,13 +546,18 @@ def _parse_streams(header: Mapping[str, object]) -> list[_StreamEntry]:
     return streams
 
 
-def _take_values(streams: list[_StreamEntry], index: object, count: int, layouts: Sequence[str], what: str) -> int:
+def _take_values(
+    streams: list[_StreamEntry], index: object, count: int, layouts: Sequence[str], what: str, holds: str = "values"
+) -> int:
     """Reserve the next `count` values of a stream; returns where they start."""
     if type(index) is not int or not 0 <= index < len(streams):
         raise ArtifactError(f"{what} are in stream {index!r:.40}, but there are {len(streams)}")
     stream = streams[index]
     if stream.layout not in layouts:
         raise ArtifactError(f"{what} cannot be in a stream of layout {stream.layout}")
+    if stream.holds not in ("", holds):
+        raise ArtifactError(f"{what} cannot be in stream {index}, which holds {stream.holds}")
+    stream.holds = holds
     start = stream.n_values
     stream.n_values += count
     return start
@@ -491,7 +568,7 @@ def _parse_tensors(
 ) -> list[_TensorEntry]:
     tensors: list[_TensorEntry] = []
     names: set[str] = set()
-    rows = _header_rows(header, "tensors", 5)
+    rows = _header_rows(header, "tensors", 7)
     shapes: list[tuple[int, ...]] = []
     for name, shape, *_ in rows:
         _check_tensor_name(name)
@@ -503,7 +580,7 @@ def _parse_tensors(
         shapes.append(_check_tensor_shape(name, shape))
     _check_element_count(iter(shapes), file_bytes)
     used: set[int] = set()
-    for (name, _, grid, code_stream, scale_stream), shape in zip(rows, shapes, strict=True):
+    for (name, _, grid, code_stream, scale_stream, form, class_stream), shape in zip(rows, shapes, strict=True):
         if type(grid) is not int or not 0 <= grid < len(grids):
             raise ArtifactError(f"tensor {name!r} is on grid {grid!r:.40}, but there are {len(grids)}")
         spec = grids[grid]
@@ -522,7 +599,23 @@ def _parse_tensors(
             used.add(scale_stream)
         elif scale_stream != -1 or type(scale_stream) is not int:
             raise ArtifactError(f"tensor {name!r} has no scales, but names stream {scale_stream!r:.40} for them")
-        tensors.append(_TensorEntry(name, shape, spec, code_stream, code_start, scale_stream, scale_start))
+        class_start = 0
+        if form not in CLASS_FORMS:
+            raise ArtifactError(f"tensor {name!r} has classes of the form {form!r:.40}: use {', '.join(CLASS_FORMS)}")
+        if form != "none":
+            if spec.kind not in ("int", "fp8_e4m3") or streams[code_stream].codec != "rans":
+                raise ArtifactError(f"tensor {name!r} has classes, but its codes are not small numbers coded by rans")
+            what = f"the classes of tensor {name!r}"
+            count = class_count(shape, form)
+            class_start = _take_values(streams, class_stream, count, list(_PACK_LAYOUTS), what, "classes")
+            used.add(class_stream)
+        elif class_stream != -1 or type(class_stream) is not int:
+            raise ArtifactError(f"tensor {name!r} has no classes, but names stream {class_stream!r:.40} for them")
+        tensors.append(
+            _TensorEntry(
+                name, shape, spec, code_stream, code_start, scale_stream, scale_start, form, class_stream, class_start
+            )
+        )
     if len(used) != len(streams):
         unused = min(set(range(len(streams))) - used)
         raise ArtifactError(f"stream {unused} of {streams[unused].stored_bytes} bytes belongs to no tensor")
@@ -557,6 +650,20 @@ def _open_frame(data: bytes) -> tuple[bytes, int, int]:
     return text, body_start, len(content)
 
 
+def _entry_contexts(
+    entries: Sequence[_TensorEntry], index: int, values: Sequence[np.ndarray], n_values: int
+) -> np.ndarray | None:
+    """Contexts of the codes in stream `index`, from classes that are decoded already; None where all are 0."""
+    parts = []
+    for entry in entries:
+        if entry.code_stream == index:
+            at = entry.class_start
+            count = class_count(entry.shape, entry.class_form)
+            classes = values[entry.class_stream][at : at + count] if count else np.zeros(0, np.uint8)
+            parts.append((entry.shape, entry.class_form, classes))
+    return _contexts(parts)
+
+
 def decode_artifact(data: bytes) -> tuple[dict[str, QuantizedTensor | np.ndarray], dict[str, Any], SizeReport]:
     """Inverse of encode_artifact; results and errors as read_artifact."""
     text, body_start, body_end = _open_frame(data)
@@ -567,19 +674,27 @@ def decode_artifact(data: bytes) -> tuple[dict[str, QuantizedTensor | np.ndarray
     if declared_bytes != body_end - body_start:
         raise ArtifactError(f"the streams declare {declared_bytes} bytes, {body_end - body_start} follow the header")
 
-    values: list[np.ndarray] = []
-    sizes: list[StreamSize] = []
-    start = body_start
-    for index, stream in enumerate(streams):
-        raw_bytes = _layout_size_bytes(stream.layout, stream.n_values)
-        stored = data[start : start + stream.stored_bytes]
-        start += stream.stored_bytes
+    starts = list(accumulate((stream.stored_bytes for stream in streams), initial=body_start))
+    values: list[np.ndarray] = [np.zeros(0, np.uint8)] * len(streams)
+    # classes first: they say which tables the codes were coded with
+    for index in sorted(range(len(streams)), key=lambda index: streams[index].holds != "classes"):
+        stream = streams[index]
+        stored = data[starts[index] : starts[index + 1]]
         try:
-            raw = decompress_stream(stored, stream.codec, raw_bytes)
-            values.append(_bytes_to_values(raw, stream.layout, stream.n_values))
+            if stream.codec == "rans":
+                contexts = None
+                if stream.layout in _PACK_LAYOUTS and stream.holds != "classes":
+                    contexts = _entry_contexts(entries, index, values, stream.n_values)
+                values[index] = _rans_values(stored, stream.layout, stream.n_values, contexts)
+            else:
+                raw = decompress_stream(stored, stream.codec, _layout_size_bytes(stream.layout, stream.n_values))
+                values[index] = _bytes_to_values(raw, stream.layout, stream.n_values)
         except ArtifactError as error:
             raise ArtifactError(f"stream {index}: {error}") from error
-        sizes.append(StreamSize(stream.layout, stream.codec, raw_bytes, stream.stored_bytes))
+    sizes = [
+        StreamSize(stream.layout, stream.codec, _layout_size_bytes(stream.layout, stream.n_values), stream.stored_bytes)
+        for stream in streams
+    ]
 
     tensors: dict[str, QuantizedTensor | np.ndarray] = {}
     parts: list[list[tuple[int, bool, int]]] = [[] for _ in streams]  # (tensor, is scales, weight) in each stream
@@ -591,6 +706,10 @@ def decode_artifact(data: bytes) -> tuple[dict[str, QuantizedTensor | np.ndarray
             scale_words = values[entry.scale_stream][entry.scale_start : entry.scale_start + entry.n_scales]
             parts[entry.scale_stream].append((index, True, _entropy_weight(scale_words)))
             scales = _words_to_scales(scale_words)
+        if entry.class_form != "none":
+            class_end = entry.class_start + class_count(entry.shape, entry.class_form)
+            class_words = values[entry.class_stream][entry.class_start : class_end]
+            parts[entry.class_stream].append((index, True, _entropy_weight(class_words)))
         q = QuantizedTensor(
             entry.spec, _words_to_codes(entry.name, words, entry.shape, entry.spec), scales, entry.shape
         )

@@ -22,6 +22,7 @@ ARTIFACT_CODECS = ("raw", "zstd", "brotli", "lzma")
 _LZMA_DICT_MIN_BYTES = 1 << 12
 _LZMA_DICT_MAX_BYTES = 1 << 26
 _ZSTD_WINDOW_MAX_BYTES = 1 << 27
+_PROBE_BYTES = 1 << 17
 
 
 def _lzma_filters(raw_bytes: int) -> list[dict[str, int]]:
@@ -69,6 +70,29 @@ def compress_smallest(raws: Sequence[bytes], codecs: Sequence[str] = ARTIFACT_CO
         if (len(stored), ARTIFACT_CODECS.index(codec)) < (len(smallest), ARTIFACT_CODECS.index(chosen)):
             best[index] = (codec, stored)
     return best
+
+
+def compress_if_smaller(raw: bytes, codecs: Sequence[str], coded: bytes | None) -> tuple[str, bytes]:
+    """The smallest of a stream's rans form and what the other codecs make of its bytes.
+
+    A long stream is tried on a part first: those codecs at their highest effort take seconds a megabyte, and on weights
+    they lose. They see the rest only if they make less of the part than rans makes of as much on average.
+
+    Args:
+        raw: the stream's bytes in their layout.
+        codecs: those allowed.
+        coded: its rans form; None where rans is not allowed.
+    """
+    if coded is None:
+        return compress_smallest([raw], codecs)[0]
+    others = [codec for codec in codecs if codec != "rans"]
+    start = max(len(raw) - _PROBE_BYTES, 0) // 2
+    if len(raw) > 2 * _PROBE_BYTES and len(coded) < len(raw):
+        [(_, probe)] = compress_smallest([raw[start : start + _PROBE_BYTES]], others)
+        if len(probe) * len(raw) > len(coded) * _PROBE_BYTES:
+            return "rans", coded
+    [(codec, stored)] = compress_smallest([raw], others)
+    return (codec, stored) if len(stored) <= len(coded) else ("rans", coded)
 
 
 def _brotli_decompress(stored: bytes, raw_bytes: int) -> bytes:

@@ -21,7 +21,7 @@ import numpy as np
 from common.errors import ArtifactError, ConfigError
 
 GRID_KINDS = ("int", "fp8_e4m3", "bf16", "f32")
-GRID_SCALES = ("row", "tensor", "none")
+GRID_SCALES = ("row", "tensor", "cross", "none")
 GRID_SCALE_DTYPES = ("bf16", "f32")
 
 # Bounds of every scale. Both are powers of two, hence exact in bf16 and float32. With them no product code * scale is
@@ -46,8 +46,9 @@ class GridSpec:
             (4 exponent bits, 3 mantissa bits, no infinity) times a scale; "bf16" and "f32": that type itself.
         bits: nominal width of a code: 2..8 for "int", else 8, 16, 32; 0 becomes 4 for "int", else the kind's width. The
             entropy coder decides what a code costs; the step, scale / sigma, decides size and loss.
-        scale: "row" (one scale for each index of the first axis), "tensor" (one), or "none" (codes are the values); ""
-            becomes "none" for "bf16" and "f32", else "row".
+        scale: "row" (one scale for each index of the first axis), "tensor" (one), "cross" (one for each row and one for
+            each column, the step is their product; "int" only), or "none" (codes are the values); "" becomes "none" for
+            "bf16" and "f32", else "row".
         scale_dtype: type in which scales are stored, and to which they are rounded before they are used.
         clip: None: the largest magnitude of the row maps to the largest code. c > 0: c times the row's sigma does,
             larger weights saturate; sigma is the root mean square. The step is then clip / qmax sigmas: any step can
@@ -80,6 +81,8 @@ class GridSpec:
                 raise ConfigError(f"an integer grid of {self.bits} bits is not supported: use 2 to 8")
             if self.scale == "none":
                 raise ConfigError("an integer grid needs a scale: use scale='row' or scale='tensor'")
+        elif self.scale == "cross":
+            raise ConfigError(f"scale='cross' is for integer grids only, got kind {self.kind!r}")
         elif self.bits != kind_bits:
             raise ConfigError(f"grid kind {self.kind!r} has {kind_bits} bits, got {self.bits}")
         if self.kind in ("bf16", "f32") and self.scale != "none":
@@ -118,9 +121,10 @@ FP8_UNSCALED_GRID = GridSpec("fp8_e4m3", scale="none")
 
 
 def parse_grid_spec(text: str) -> GridSpec:
-    """Read a grid from an option's text: KIND[/row|tensor|none][/bf16|f32][/clipSIGMAS].
+    """Read a grid from an option's text: KIND[/row|tensor|cross|none][/bf16|f32][/clipSIGMAS].
 
-    KIND is int2..int8, fp8, bf16 or f32. Missing parts are row scales stored in bf16, without clipping.
+    KIND is int2..int8, fp8, bf16 or f32; cross stands where row does. Missing parts are row scales stored in
+    bf16, without clipping.
     Examples: "int4", "int6/clip12.85", "int8/tensor/f32", "fp8/none".
 
     Raises:
@@ -147,7 +151,7 @@ def parse_grid_spec(text: str) -> GridSpec:
             except ValueError:
                 raise ConfigError(f"grid {text!r}: {option!r} needs a number of sigmas, as in 'clip12.85'") from None
         else:
-            raise ConfigError(f"grid {text!r}: part {option!r} is none of row, tensor, none, bf16, f32, clipSIGMAS")
+            raise ConfigError(f"grid {text!r}: {option!r} is none of row, tensor, cross, none, bf16, f32, clipSIGMAS")
         if key in seen:
             raise ConfigError(f"grid {text!r} gives its {key} twice")
         seen.add(key)
@@ -163,7 +167,8 @@ class QuantizedTensor:
         spec: its grid.
         codes: of `shape`. "int": int8 in -qmax..qmax. "fp8_e4m3": uint8 bit patterns. "bf16": uint16 bit patterns.
             "f32": float32 values.
-        scales: float32, each exact in spec.scale_dtype: (R,) for "row", (1,) for "tensor", (0,) for "none".
+        scales: float32, each exact in spec.scale_dtype: (R,) for "row", (1,) for "tensor", (R + C,) for "cross" (rows,
+            then columns), (0,) for "none".
         shape: of the tensor.
     """
 
@@ -182,9 +187,7 @@ def grid_rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def grid_scale_count(shape: tuple[int, ...], spec: GridSpec) -> int:
     """Number of scales that a tensor of this shape has on this grid."""
-    if spec.scale == "none":
-        return 0
-    return grid_rows(shape)[0] if spec.scale == "row" else 1
+    return {"none": 0, "tensor": 1, "row": grid_rows(shape)[0], "cross": sum(grid_rows(shape))}[spec.scale]
 
 
 def round_to_bf16(x: np.ndarray) -> np.ndarray:
@@ -260,7 +263,8 @@ def grid_scales(w_RC: np.ndarray, spec: GridSpec) -> np.ndarray:
     """Scales of a float32 matrix on a grid, float32, already rounded to spec.scale_dtype.
 
     Returns:
-        (R,), (1,) or (0,) by spec.scale; every scale lies in GRID_SCALE_MIN..GRID_SCALE_MAX.
+        (R,), (1,), (R + C,) or (0,) by spec.scale; every scale lies in GRID_SCALE_MIN..GRID_SCALE_MAX. Columns of
+        "cross" get 1: a rule that knows better (gptq.plan_scales) gives quantize its own.
     """
     if spec.scale == "none":
         return np.zeros(0, np.float32)
@@ -273,10 +277,23 @@ def grid_scales(w_RC: np.ndarray, spec: GridSpec) -> np.ndarray:
         limit = np.abs(w_RC).max(axis=1, initial=np.float32(0))
     top = np.float32(spec.qmax if spec.kind == "int" else FP8_E4M3_MAX)
     scales = np.clip(limit / top, np.float32(GRID_SCALE_MIN), np.float32(GRID_SCALE_MAX))
-    return round_to_bf16(scales) if spec.scale_dtype == "bf16" else scales
+    scales = round_to_bf16(scales) if spec.scale_dtype == "bf16" else scales
+    return np.concatenate([scales, np.ones(w_RC.shape[1], np.float32)]) if spec.scale == "cross" else scales
 
 
-def quantize(w: np.ndarray, spec: GridSpec, name: str = "tensor") -> QuantizedTensor:
+def scale_factors(scales: np.ndarray, shape: tuple[int, ...], spec: GridSpec) -> list[np.ndarray]:
+    """What codes are multiplied by, in this order: nothing, (R, 1) or (1, 1), and for "cross" then (1, C)."""
+    if spec.scale == "none":
+        return []
+    if spec.scale != "cross":
+        return [scales[:, None]]
+    n_rows = grid_rows(shape)[0]
+    return [scales[:n_rows, None], scales[None, n_rows:]]
+
+
+def quantize(
+    w: np.ndarray, spec: GridSpec, name: str = "tensor", scales: np.ndarray | None = None
+) -> QuantizedTensor:
     """Put a tensor on its grid.
 
     Source: symmetric absmax quantization, q = clip(round(w / s), -qmax, qmax). Ours differs from the usual code in
@@ -286,12 +303,14 @@ def quantize(w: np.ndarray, spec: GridSpec, name: str = "tensor") -> QuantizedTe
         w: any shape, any float type (cast to float32 first), finite.
         spec: the grid.
         name: what to call the tensor in an error.
+        scales: None, or scales that another rule has found, as QuantizedTensor holds them: free steps.
 
     Returns:
         Codes and scales; see QuantizedTensor.
 
     Raises:
-        ArtifactError: w holds NaN or infinity, or is not of a float type.
+        ArtifactError: w holds NaN or infinity, or is not of a float type; scales are of another number or not exact in
+            their stored type.
 
     Numerics: float32 division, rounding half to even. Integer codes of an all-zero row are 0 with scale
     GRID_SCALE_MIN. Rows whose maximum is below qmax * GRID_SCALE_MIN use that same scale; weights beyond qmax *
@@ -315,9 +334,19 @@ def quantize(w: np.ndarray, spec: GridSpec, name: str = "tensor") -> QuantizedTe
         bits = bf16_bits(np.clip(w, np.float32(-BF16_MAX), np.float32(BF16_MAX)))
         return QuantizedTensor(spec, bits.reshape(w.shape), no_scales, w.shape)
     w_RC = w.reshape(grid_rows(w.shape))
-    scales = grid_scales(w_RC, spec)
+    if scales is None:
+        scales = grid_scales(w_RC, spec)
+    elif scales.shape != (grid_scale_count(w.shape, spec),) or (
+        spec.scale_dtype == "bf16" and not np.array_equal(round_to_bf16(scales), scales)
+    ):
+        raise ArtifactError(
+            f"{name!r} got scales of shape {scales.shape}: grid {spec.label} needs "
+            f"({grid_scale_count(w.shape, spec)},) exact in {spec.scale_dtype}"
+        )
     with np.errstate(over="ignore"):  # a huge weight over a scale bounded or clipped far below it: saturates below
-        ratio_RC = w_RC / scales[:, None] if spec.scale != "none" else w_RC
+        ratio_RC = w_RC
+        for factor in scale_factors(scales, w.shape, spec):
+            ratio_RC = ratio_RC / factor
     if spec.kind == "int":
         top = np.float32(spec.qmax)
         codes = np.clip(np.rint(ratio_RC), -top, top).astype(np.int8)
@@ -327,7 +356,7 @@ def quantize(w: np.ndarray, spec: GridSpec, name: str = "tensor") -> QuantizedTe
 
 
 def dequantize(q: QuantizedTensor) -> np.ndarray:
-    """Values of a quantized tensor: code times scale in float32, of q.shape."""
+    """Values of a quantized tensor: code times scale (of the row, then of the column) in float32, of q.shape."""
     if q.spec.kind == "f32":
         return q.codes.astype(np.float32, copy=True).reshape(q.shape)
     if q.spec.kind == "bf16":
@@ -336,5 +365,6 @@ def dequantize(q: QuantizedTensor) -> np.ndarray:
     if q.spec.scale == "none":
         return values.reshape(q.shape)
     values_RC = values.reshape(grid_rows(q.shape))
-    values_RC *= q.scales[:, None]
+    for factor in scale_factors(q.scales, q.shape, q.spec):
+        values_RC *= factor
     return values_RC.reshape(q.shape)

@@ -48,37 +48,49 @@ def grid_scales_torch(w_RC: Tensor, spec: GridSpec) -> Tensor:
         limit = w_RC.abs().amax(dim=1)
     top = limit.new_full((1,), float(spec.qmax if spec.kind == "int" else FP8_E4M3_MAX))
     scales = (limit / top).clamp(GRID_SCALE_MIN, GRID_SCALE_MAX)
-    return scales.bfloat16().float() if spec.scale_dtype == "bf16" else scales
+    scales = scales.bfloat16().float() if spec.scale_dtype == "bf16" else scales
+    return torch.cat([scales, scales.new_ones(w_RC.shape[1])]) if spec.scale == "cross" else scales
 
 
-def _grid_codes_torch(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+def _scale_factors_torch(scales: Tensor, n_rows: int, spec: GridSpec) -> list[Tensor]:
+    """As grid.scale_factors."""
+    if spec.scale == "none":
+        return []
+    return [scales[:n_rows, None], scales[None, n_rows:]] if spec.scale == "cross" else [scales[:, None]]
+
+
+def _grid_codes_torch(w: Tensor, spec: GridSpec, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes (int: float32 whole numbers; fp8: float8_e4m3fn; bf16: bfloat16; f32: float32) in rows, and scales."""
     w_RC = w.detach().float().reshape(grid_rows(tuple(w.shape)))
-    scales = grid_scales_torch(w_RC, spec)
+    if scales is None:
+        scales = grid_scales_torch(w_RC, spec)
     if spec.kind == "f32":
         return w_RC, scales
     if spec.kind == "bf16":
         return w_RC.clamp(-BF16_MAX, BF16_MAX).bfloat16(), scales
-    ratio_RC = w_RC / scales[:, None] if spec.scale != "none" else w_RC
+    ratio_RC = w_RC
+    for factor in _scale_factors_torch(scales, w_RC.shape[0], spec):
+        ratio_RC = ratio_RC / factor
     if spec.kind == "int":
         return ratio_RC.round().clamp(-spec.qmax, spec.qmax), scales
     return ratio_RC.clamp(-FP8_E4M3_MAX, FP8_E4M3_MAX).to(torch.float8_e4m3fn), scales
 
 
 @torch.no_grad()
-def quantize_torch(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+def quantize_torch(w: Tensor, spec: GridSpec, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of a tensor on its grid, as grid.quantize gives them.
 
     Args:
         w: any shape and float type (cast to float32 first), any device, finite (not checked: that would wait for the
             device; a NaN shows up as a NaN scale or code, which save_artifact refuses).
         spec: the grid.
+        scales: None, or scales that another rule has found, as grid.quantize takes them.
 
     Returns:
         Codes of w's shape (int8 for "int", uint8 and uint16 bit patterns for "fp8_e4m3" and "bf16", float32 for
-        "f32") and float32 scales of (R,), (1,) or (0,) by spec.scale.
+        "f32") and float32 scales of (R,), (1,), (R + C,) or (0,) by spec.scale.
     """
-    codes_RC, scales = _grid_codes_torch(w, spec)
+    codes_RC, scales = _grid_codes_torch(w, spec, scales)
     if spec.kind == "int":
         codes_RC = codes_RC.nan_to_num(nan=0.0).to(torch.int8)
     elif spec.kind == "fp8_e4m3":
@@ -91,7 +103,9 @@ def quantize_torch(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fake_quantize_torch(w: Tensor, spec: GridSpec, out: Tensor | None = None) -> Tensor:
+def fake_quantize_torch(
+    w: Tensor, spec: GridSpec, out: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
     """Nearest value of each weight on its grid: what dequantize(quantize(w, spec)) gives.
 
     Args:
@@ -101,15 +115,16 @@ def fake_quantize_torch(w: Tensor, spec: GridSpec, out: Tensor | None = None) ->
             float32 grid value rounded to bfloat16: codes times scale may need more than 8 significant bits, so a
             model that computes in bfloat16 must round the loaded artifact in the same way, as
             `model.load(...).bfloat16()` does.
+        scales: None, or scales that another rule has found, float32 on w's device.
 
     Returns:
         `out`, or a new float32 tensor. No gradient flows through it: training keeps float32 masters apart and hands
         them the gradient taken at this point (the straight-through rule).
     """
-    codes_RC, scales = _grid_codes_torch(w, spec)
+    codes_RC, scales = _grid_codes_torch(w, spec, scales)
     values_RC = codes_RC.float()
-    if spec.scale != "none":
-        values_RC = values_RC * scales[:, None]
+    for factor in _scale_factors_torch(scales, codes_RC.shape[0], spec):
+        values_RC = values_RC * factor
     if spec.kind == "int":
         values_RC = values_RC + 0.0  # a weight rounded up to -0 is code 0, whose value is +0
     values = values_RC.reshape(w.shape)

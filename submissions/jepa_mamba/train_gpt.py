@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.artifact.budget import CHALLENGE_BUDGET_BYTES, SizeReport, check_budget, format_size_table
-from common.artifact.container import load_artifact, save_artifact
+from common.artifact.container import encode_artifact, load_artifact, save_artifact
 from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
@@ -63,7 +63,9 @@ from common.gated_norm.torch_impl import gated_rms_norm_torch
 from common.gated_norm.triton_impl import gated_rms_norm_triton
 from common.optim.muon import Muon, newton_schulz_torch
 from common.optim.triton_impl import newton_schulz_triton
-from common.quant.grid import GridSpec, QuantizedTensor
+from common.quant.gptq import LayerStatistics
+from common.quant.grid import GridSpec, QuantizedTensor, dequantize
+from common.quant.plan import FREE_STEP_GRID, ModelPlan, TrainedSteps, fit_budget, plan_model
 from common.quant.torch_impl import fake_quantize_torch, quantize_torch
 from common.quant.triton_impl import FakeQuantizeAll
 from common.relu2_ffn.torch_impl import relu2_ffn_torch
@@ -198,6 +200,12 @@ class Config:
     quant_clip: float = option(0.0, "largest code at this many standard deviations of the row; 0: at its maximum")
     fp_storage: str = option("FP8", "storage of the embedding", ("FP8", "INT8", "BF16"))
     qat_fraction: float = option(1.0, "last fraction of the run that trains on the quantized grid")
+    free_steps: bool = option(False, "ship matrices and embedding on steps chosen to fill artifact_bytes")
+    free_qat_fraction: float = option(0.0, "last fraction of the run that trains on those steps; 0: chosen at the end")
+    artifact_bytes: int = option(0, "size of the artifact with free_steps; 0: budget_bytes less this code")
+    statistics_tokens: int = option(65536, "training tokens that show what a rounding error costs")
+    rate: float = option(0.25, "weight of the entropy coder's cost in rounding with free_steps")
+    save_statistics: bool = option(False, "keep float weights and statistics for `python -m common.artifact budget`")
     # Validation and scoring
     val_loss_every: int = option(5000, "steps between validations of the weights that would ship; 0: only at the end")
     val_max_tokens: int = option(0, "tokens of a periodic validation; 0: all. Final scores always cover all")
@@ -362,6 +370,7 @@ def check_config(config: Config) -> None:
         (c.jepa_weight == 0 or 0 < c.jepa_steps < c.train_seq_len, "0 < jepa_steps < train_seq_len"),
         (c.warmdown_by != "time" or c.max_wallclock_seconds > 0, "warmdown_by=time needs max_wallclock_seconds"),
         (c.warmdown_fraction <= 1 and c.qat_fraction <= 1 and c.ema_start_fraction <= 1, "fractions lie in [0, 1]"),
+        (c.free_qat_fraction <= c.qat_fraction, "free_qat_fraction may not exceed qat_fraction"),
         (c.ema_decay < 1 and c.muon_momentum < 1, "ema_decay and muon_momentum lie below 1"),
         (bool(c.modes()) and set(c.modes()) <= set(EVAL_MODES), f"eval_modes are of {', '.join(EVAL_MODES)}"),
         (
@@ -1002,6 +1011,20 @@ class Masters:
             if optimizer_group(name, parameter) != "scalar":
                 parameter.data = parameter.data.to(compute_dtype)
         self.ema: dict[str, Tensor] = {}
+        self.steps: dict[str, Tensor] = {}  # free steps that training snaps to: (R + C,) on the device, by name
+        self.steps_nats = 0.0  # of the plan that they come from
+        self.rounded: dict[str, QuantizedTensor] = {}  # what ships, once training is over
+
+    def train_on(self, steps: Mapping[str, Tensor], loss_nats: float) -> None:
+        """From now on these matrices live on free steps, scales (R + C,) by name of the language model's state dict."""
+        for name, scales in steps.items():
+            self.steps[f"lm.{name}"] = scales.to(self.flat_gradient.device)
+            self.spec[f"lm.{name}"] = FREE_STEP_GRID
+        self.steps_nats = loss_nats
+
+    def trained_steps(self) -> TrainedSteps | None:
+        scales = {name.removeprefix("lm."): t.cpu().numpy() for name, t in self.steps.items()}
+        return TrainedSteps(self.steps_nats, scales) if scales else None
 
     def groups(self) -> dict[str, list[str]]:
         members: dict[str, list[str]] = {"muon": [], "embed": [], "scalar": []}
@@ -1012,7 +1035,7 @@ class Masters:
     @torch.no_grad()
     def publish(self, on_grid: bool, source: Mapping[str, Tensor] | None = None) -> None:
         """Write the compute weights from the masters (or from `source`), on their grids or not."""
-        if self.at_once and source is None:
+        if self.at_once and source is None and not (on_grid and (self.steps or self.rounded)):
             if on_grid not in self.publishers:
                 specs = [self.spec.get(name) if on_grid else None for name in self.compute]
                 weights = [parameter.data for parameter in self.compute.values()]
@@ -1021,8 +1044,10 @@ class Masters:
             return
         for name, parameter in self.compute.items():
             values = (source or self.master).get(name, self.master[name])
-            if on_grid and name in self.spec:
-                values = fake_quantize_torch(values, self.spec[name])
+            if on_grid and name.removeprefix("lm.") in self.rounded:
+                values = torch.from_numpy(dequantize(self.rounded[name.removeprefix("lm.")]))
+            elif on_grid and name in self.spec:
+                values = fake_quantize_torch(values, self.spec[name], scales=self.steps.get(name))
             parameter.copy_(values)
 
     def shipped(self) -> Mapping[str, Tensor]:
@@ -1057,8 +1082,10 @@ class Masters:
 
     def quantized(self) -> dict[str, QuantizedTensor]:
         """The shipped tensors of the language model, by the names of its state dict."""
-        out = {}
+        out = dict(self.rounded)
         for name, spec in self.spec.items():
+            if name.removeprefix("lm.") in out:
+                continue
             codes, scales = quantize_torch(self.shipped()[name].detach().cpu(), spec)
             out[name.removeprefix("lm.")] = QuantizedTensor(
                 spec, codes.numpy(), scales.numpy(), tuple(self.master[name].shape)
@@ -1501,6 +1528,76 @@ def search_temperature(
     return min(losses, key=lambda t: losses[t])
 
 
+def layer_statistics(
+    lm: LanguageModel, x_BT: Tensor, y_BT: Tensor, document_ids_BT: Tensor, rows: int, ranks: Ranks
+) -> dict[str, LayerStatistics]:
+    """What rounding errors cost, of every matrix of the model that a linear map or the embedding reads.
+
+    Letters: R outputs, C inputs. Empirical Fisher factors of the summed loss of training text (gptq.LayerStatistics).
+    An embedding row is used where its token occurs (its gradients' second moment) and, tied, where its token might
+    come next (the head's inputs); both happen about as often as the token, so they are one matrix, weighed by that.
+    """
+    modules = {f"{name}.weight": m for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    modules.pop("lm_head.weight", None)  # its rows are counted with the logits
+    hessian: dict[str, Tensor] = {}
+    sensitivity: dict[str, Tensor] = {}
+    embedded: list[Tensor] = []
+
+    def add(into: dict[str, Tensor], name: str, value: Tensor) -> None:
+        into[name] = into[name] + value.double() if name in into else value.double()
+
+    def watch(name: str) -> Callable[..., None]:
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x_NC = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            add(hessian, name, x_NC.T @ x_NC)
+            output.register_hook(lambda g: add(sensitivity, name, g.reshape(-1, g.shape[-1]).float().square().sum(0)))
+
+        return forward
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    handles.append(lm.token_embed.register_forward_hook(lambda module, inputs, output: embedded.append(output)))
+    own_head = lm.lm_head is not None
+    try:
+        with torch.enable_grad():
+            for i in range(0, x_BT.shape[0], rows):
+                x, y, documents = (t[i : i + rows] for t in (x_BT, y_BT, document_ids_BT))
+                embedded.clear()
+                h_BTD, _ = lm.encode(x, documents)
+                rows_NE, weight_VE, bias_V = lm.head(h_BTD)
+                raw_NV = F.linear(rows_NE, weight_VE).float() + (0.0 if bias_V is None else bias_V)
+                raw_NV.retain_grad()
+                embedded[0].retain_grad()
+                logits_NV = softcap_torch(raw_NV, lm.config.logit_softcap, lm.softcap_kind)
+                F.cross_entropy(logits_NV, y.reshape(-1), reduction="sum").backward()
+                assert raw_NV.grad is not None
+                assert embedded[0].grad is not None
+                g_NE = embedded[0].grad.reshape(-1, embedded[0].shape[-1]).float()
+                head_NE = rows_NE.detach().float()
+                add(hessian, "input", g_NE.T @ g_NE)
+                add(hessian, "output", head_NE.T @ head_NE)
+                add(sensitivity, "input", torch.bincount(x.reshape(-1), minlength=lm.config.vocab_size))
+                add(sensitivity, "output", raw_NV.grad.square().sum(0))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in lm.parameters():
+            parameter.grad = None
+    tokens = float(ranks.sum(torch.tensor([float(x_BT.numel())], device=x_BT.device)))
+    for part in (hessian, sensitivity):
+        for name in sorted(part):
+            part[name] = ranks.sum(part[name]).cpu() / tokens
+    found = {name: LayerStatistics(hessian[name].numpy(), sensitivity[name].numpy()) for name in modules}
+    seen_V, might_V = sensitivity["input"].numpy(), sensitivity["output"].numpy()
+    floor = 0.1 / tokens  # a token that this text lacks is not free
+    in_EE, out_EE = hessian["input"].numpy(), hessian["output"].numpy()
+    if own_head:
+        found["token_embed.weight"] = LayerStatistics(in_EE, seen_V + floor)
+        found["lm_head.weight"] = LayerStatistics(out_EE, might_V + floor)
+    else:
+        found["token_embed.weight"] = LayerStatistics(out_EE + in_EE * (seen_V.sum() / might_V.sum()), might_V + floor)
+    return found
+
+
 def jepa_diagnostics(
     model: TrainingModel, validation: Validation, config: Config, device: torch.device
 ) -> dict[str, float]:
@@ -1696,6 +1793,7 @@ def save_checkpoint(
     """
     tensors = {f"master/{name}": p.detach() for name, p in masters.master.items()}
     tensors |= {f"ema/{name}": t for name, t in masters.ema.items()}
+    tensors |= {f"steps/{name}": t for name, t in masters.steps.items()}
     names = {id(p): name for name, p in masters.master.items()}
     for kind, optimizer in optimizers.items():
         for parameter, state in optimizer.state.items():
@@ -1704,6 +1802,7 @@ def save_checkpoint(
     from safetensors.torch import save_file  # not on top: a bench of steps needs no file format
 
     header = {"step": step, "elapsed_s": elapsed_s, "loader": loader_state, "config": asdict(folder.config)}
+    header["steps_nats"] = masters.steps_nats
     path = folder.checkpoints / f"step_{step:08d}.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata={"state": json.dumps(header)})
@@ -1741,6 +1840,8 @@ def load_checkpoint(
                 master.copy_(tensors[f"master/{name}"])
                 if f"ema/{name}" in tensors:
                     masters.ema[name] = tensors[f"ema/{name}"].to(master.device)
+        steps = {key.removeprefix("steps/lm."): t for key, t in tensors.items() if key.startswith("steps/")}
+        masters.train_on(steps, header["steps_nats"])
         for kind, optimizer in optimizers.items():
             state_dict = optimizer.state_dict()
             order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1775,11 +1876,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def export_artifact(
-    path: Path, masters: Masters, config: Config, tokenizer: Tokenizer, temperature: float
-) -> SizeReport:
-    """Quantize what ships and write it. Training-only parameters are not in `masters.quantized()` and never enter."""
-    meta = {
+def artifact_meta(config: Config, tokenizer: Tokenizer, temperature: float) -> dict[str, Any]:
+    """What an artifact says about itself: enough to build the model, find its tokenizer and score it."""
+    return {
         "entry": "jepa_mamba",
         "model": {
             name: getattr(config, name) for name in MODEL_FIELDS if getattr(config, name) != getattr(Config(), name)
@@ -1788,7 +1887,13 @@ def export_artifact(
         "tokenizer": {"kind": config.tokenizer, "sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id},
         "eval": {name: getattr(config, name) for name in SCORING_FIELDS},
     }
-    return save_artifact(path, masters.quantized(), meta)
+
+
+def export_artifact(
+    path: Path, masters: Masters, config: Config, tokenizer: Tokenizer, temperature: float
+) -> SizeReport:
+    """Quantize what ships and write it. Training-only parameters are not in `masters.quantized()` and never enter."""
+    return save_artifact(path, masters.quantized(), artifact_meta(config, tokenizer, temperature))
 
 
 def load_model(path: str | Path, kernels_choice: str, ranks: Ranks) -> tuple[LanguageModel, Config, dict[str, Any]]:
@@ -2039,7 +2144,7 @@ class Trainer:
         momentum = momentum_at(at.step, self.config)
         return rates | {"momentum": momentum, "sigreg_lambda": sigreg_lambda_at(at, self.config)}
 
-    def plan(self, at: Progress) -> StepPlan:
+    def step_plan(self, at: Progress) -> StepPlan:
         c, after = self.config, at._replace(step=at.step + 1)
         return StepPlan(
             on_grid=on_grid_at(after, c),
@@ -2102,11 +2207,11 @@ class Trainer:
         inputs = (batch.x_BT, batch.y_BT, batch.document_ids_BT if c.document_reset else None, positions)
         if self.captured is None:
             self.current = numbers
-            return self.update(self.plan(at), *inputs)
+            return self.update(self.step_plan(at), *inputs)
         self.current = self.rates
         for name, value in numbers.items():
             self.rates[name].fill_(value)
-        return self.captured(self.plan(at), inputs)
+        return self.captured(self.step_plan(at), inputs)
 
     @contextlib.contextmanager
     def rehearsal(self, at: Progress) -> Iterator[None]:
@@ -2127,21 +2232,19 @@ class Trainer:
                 self.captured.forget()
             self.masters.publish(on_grid_at(at, self.config))
 
-    def rehearse(self, loader: TokenLoader, at: Progress) -> float:
-        """Run the warmup steps and a temperature search, undo them, and return the seconds the search took."""
+    def rehearse(self, loader: TokenLoader, at: Progress, last: Callable[[Prefetcher], None]) -> float:
+        """Run the warmup steps and what follows the last step, undo them, and return the seconds that `last` took."""
         if self.config.warmup_steps == 0 or at.fraction(self.config) >= 1.0:
             return 0.0
         prefetcher = Prefetcher(loader, self.ranks.device)
         with self.rehearsal(at):
             for _ in range(self.config.warmup_steps):
                 self.step(prefetcher.next(), at)
-            search_s = 0.0
-            if self.config.temp_scaling:
-                started_s = time.perf_counter()
-                self.temperature([prefetcher.next() for _ in range(self.calibration_batches())])
-                search_s = time.perf_counter() - started_s
+            started_s = time.perf_counter()
+            last(prefetcher)
+            last_s = time.perf_counter() - started_s
         prefetcher.close()
-        return search_s
+        return last_s
 
     def calibration_batches(self) -> int:
         return max(1, round(self.config.temp_calib_tokens / self.config.train_batch_tokens))
@@ -2155,6 +2258,35 @@ class Trainer:
         micro = max(1, self.config.micro_batch_tokens // self.config.train_seq_len)
         with self.masters.as_shipped(training_on_grid=True):
             return search_temperature(self.model.lm, x_BT[:rows], y_BT[:rows], documents_BT[:rows], micro, self.ranks)
+
+
+    def statistics(self, batches: Sequence[StepBatch]) -> dict[str, LayerStatistics]:
+        """Of the float weights that would ship, on training text."""
+        x_BT, y_BT, documents_BT = (torch.cat([batch[i] for batch in batches]) for i in range(3))
+        rows = max(1, self.config.statistics_tokens // self.config.train_seq_len // self.ranks.world)
+        micro = max(1, min(self.config.micro_batch_tokens, 8192) // self.config.train_seq_len)  # whole logits
+        with self.masters.as_shipped(training_on_grid=True, on_grid=False):
+            return layer_statistics(
+                self.model.lm, x_BT[:rows], y_BT[:rows], documents_BT[:rows], micro, self.ranks
+            )
+
+    def plan(
+        self, statistics: Mapping[str, LayerStatistics], tokenizer: Tokenizer, budget_bytes: int
+    ) -> tuple[ModelPlan, list[tuple[float, int, float]]]:
+        """Free steps and codes that fill budget_bytes, from the weights that would ship (moving average included)."""
+        masters, c = self.masters, self.config
+        weights = {
+            name.removeprefix("lm."): masters.shipped()[name].detach().cpu().float().numpy() for name in masters.spec
+        }
+        specs = {name.removeprefix("lm."): spec for name, spec in masters.spec.items()}
+        meta = artifact_meta(c, tokenizer, 0.99)
+        trained = masters.trained_steps()
+        return fit_budget(
+            lambda loss_nats: plan_model(weights, statistics, specs, loss_nats, c.rate, trained),
+            lambda plan: len(encode_artifact(plan.tensors, meta)),
+            budget_bytes,
+            start_nats=masters.steps_nats or 1e-9,
+        )
 
 
 class Console:
@@ -2240,8 +2372,8 @@ class Run:
     def drive(self) -> tuple[float, float]:
         """Train until the steps or the seconds are used up: (softmax temperature, seconds of learning)."""
         config = self.config
-        search_s = self.trainer.rehearse(self.new_loader(), self.at)
-        self.at = self.at._replace(reserved_s=self.ranks.from_leader(1.25 * search_s))
+        last_s = self.trainer.rehearse(self.new_loader(), self.at, self.rehearse_last)
+        self.at = self.at._replace(reserved_s=self.ranks.from_leader(1.25 * last_s))
         prefetcher, console = Prefetcher(self.loader, self.ranks.device), Console(config, self.ranks)
         last_step_s, logged = 0.0, self.at
         with Interruption() as interruption, contextlib.closing(prefetcher), contextlib.closing(console):
@@ -2257,6 +2389,13 @@ class Run:
                 last_step_s = elapsed_s - self.at.elapsed_s
                 self.at = self.at._replace(step=self.at.step + 1, elapsed_s=elapsed_s)
                 step = self.at.step
+                if self.free_training_begins():
+                    plan = self.choose_steps(prefetcher)
+                    steps = {n: torch.from_numpy(plan.tensors[n].scales) for n in plan.expected_nats}
+                    self.trainer.masters.train_on(steps, plan.loss_nats)
+                    self.trainer.masters.publish(on_grid_at(self.at, config))
+                    if self.trainer.captured is not None:
+                        self.trainer.captured.forget()
                 if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
                     self.log(losses, batch, logged, console)
                     logged = self.at
@@ -2275,12 +2414,65 @@ class Run:
                         self.validate()
                     clock.start()
             temperature = 1.0
+            if config.free_steps:
+                plan = self.choose_steps(prefetcher, keep=True)
+                self.trainer.masters.rounded = {name: plan.tensors[name] for name in plan.expected_nats}
             if config.temp_scaling:
                 batches = [prefetcher.next() for _ in range(self.trainer.calibration_batches())]
                 temperature = self.trainer.temperature(batches)
             train_s = clock.stop()
         self.folder.text(f"trained {self.at.step} steps in {train_s:.2f} s; temperature {temperature:.2f}")
         return temperature, train_s
+
+    def free_training_begins(self) -> bool:
+        c = self.config
+        due = c.free_steps and c.free_qat_fraction > 0 and self.at.fraction(c) >= 1.0 - c.free_qat_fraction
+        return due and not self.trainer.masters.steps
+
+    def statistics_batches(self) -> int:
+        return max(1, round(self.config.statistics_tokens / self.config.train_batch_tokens))
+
+    def artifact_budget_bytes(self) -> int:
+        c = self.config
+        if c.artifact_bytes:
+            return c.artifact_bytes
+        return (c.budget_bytes or CHALLENGE_BUDGET_BYTES) - sum(len(text.encode()) for text in our_sources().values())
+
+    def rehearse_last(self, prefetcher: Prefetcher) -> None:
+        """What comes after the last step, for its time: nothing of it is kept."""
+        if self.config.free_steps:
+            batches = [prefetcher.next() for _ in range(self.statistics_batches())]
+            self.trainer.plan(self.trainer.statistics(batches), self.tokenizer, self.artifact_budget_bytes())
+        if self.config.temp_scaling:
+            self.trainer.temperature([prefetcher.next() for _ in range(self.trainer.calibration_batches())])
+
+    def choose_steps(self, prefetcher: Prefetcher, keep: bool = False) -> ModelPlan:
+        """Free steps and codes for the weights as they are; `keep` leaves weights and statistics in the run folder."""
+        batches = [prefetcher.next() for _ in range(self.statistics_batches())]
+        self.loader_state = batches[-1].loader_state  # a resumed run goes on behind them, as this one does
+        statistics = self.trainer.statistics(batches)
+        budget_bytes = self.artifact_budget_bytes()
+        plan, points = self.trainer.plan(statistics, self.tokenizer, budget_bytes)
+        size = max(point[1] for point in points if point[0] == plan.loss_nats)
+        expected = sum(plan.expected_nats.values())
+        self.folder.text(
+            f"step {self.at.step}: free steps at {plan.loss_nats:.2e} nats a weight, {size:,} of {budget_bytes:,} "
+            f"bytes, expected loss +{expected:.5f} nats a token"
+        )
+        chosen = {"loss_nats": plan.loss_nats, "bytes": size, "expected_nats": expected, "points": points}
+        self.folder.event(event="steps", step=self.at.step, **chosen)
+        if keep and self.config.save_statistics and self.ranks.leads:
+            masters = self.trainer.masters
+            floats = {n.removeprefix("lm."): masters.shipped()[n].detach().cpu().float().numpy() for n in masters.spec}
+            meta = artifact_meta(self.config, self.tokenizer, 1.0)
+            save_artifact(self.folder.path / "float.artifact", floats, meta, ("raw",))
+            parts = {
+                f"{name}/{part}": np.asarray(value, np.float32)
+                for name, layer in statistics.items()
+                for part, value in (("hessian", layer.hessian_CC), ("sensitivity", layer.sensitivity_R))
+            }
+            save_artifact(self.folder.path / "statistics.artifact", parts, {}, ("raw",))
+        return plan
 
     def log(self, losses: Mapping[str, Tensor], batch: StepBatch, logged: Progress, console: Console) -> None:
         """One line and one JSON object: means over ranks, bits per byte of the leader's batch."""

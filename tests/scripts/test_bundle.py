@@ -260,9 +260,10 @@ def readable_run():
     return observe_readable("seed_bpe")
 
 
-def test_the_bundle_is_the_entry_bit_for_bit(real_bundle, readable_run, tmp_path):
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_the_bundle_is_the_entry_bit_for_bit(real_bundle, readable_run, form, tmp_path):
     path = tmp_path / "train_gpt.py"
-    path.write_text(real_bundle.source, encoding="utf-8")
+    path.write_text(real_bundle.in_form(form).counted, encoding="utf-8")
     compare(readable_run, observe_bundled(path))
     assert [event["step"] for event in readable_run["log"] if event.get("event") == "step"] == [1, 2, 3, 4]
     assert any(event.get("event") == "validation" for event in readable_run["log"])
@@ -335,6 +336,13 @@ def test_kernels_run_out_of_the_bundle(real_bundle, tmp_path):
         found.append(json.loads(done.stdout))
     assert found[0] == found[1]
     assert found[0]["loss"] > 0
+
+
+def test_the_smallest_form_is_counted(real_bundle):
+    plain, packed = real_bundle.in_form("plain"), real_bundle.in_form("packed")
+    assert plain.counted == real_bundle.source
+    assert packed.code_bytes == len(packed.counted.encode()) < 0.3 * plain.code_bytes
+    assert real_bundle.in_form("smallest") == packed
 
 
 def test_a_check_without_steps_is_no_check():

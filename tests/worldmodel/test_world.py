@@ -14,7 +14,7 @@ from common.quant.grid import dequantize, quantize
 from tests.worldmodel.small import DYNAMICS, NUM_ACTIONS, MemorySource, game_clips, train_config
 from worldmodel.config import EvaluateConfig, RolloutConfig
 from worldmodel.evaluate import suite
-from worldmodel.export import GRIDS, export_world, inference_values, load_exported
+from worldmodel.export import GRID_NAMES, export_world, grid_of, inference_values, load_exported
 from worldmodel.rollout.render import (
     Row,
     gif_bytes,
@@ -196,7 +196,7 @@ def test_shared_compilation_uses_each_worlds_own_weights(worlds, tmp_path):
         stored.sharing(worlds["ground-truth"])
 
 
-@pytest.mark.parametrize("grid", ["int8", "int4"])
+@pytest.mark.parametrize("grid", GRID_NAMES)
 @pytest.mark.parametrize("source", ["ground-truth", "latent"])
 def test_artifacts_hold_exactly_the_grid_of_the_weights(worlds, tmp_path, grid, source, monkeypatch):
     monkeypatch.setattr("worldmodel.export.MIN_QUANTIZED_VALUES", 32)
@@ -206,7 +206,8 @@ def test_artifacts_hold_exactly_the_grid_of_the_weights(worlds, tmp_path, grid, 
     back = load_exported(tmp_path / "m.artifact")
     assert back.config == world.config
     assert back.num_actions == NUM_ACTIONS
-    for model, other in ((world.tokenizer, back.tokenizer), (world.dynamics, back.dynamics)):
+    pairs = (("tokenizer", world.tokenizer, back.tokenizer), ("dynamics", world.dynamics, back.dynamics))
+    for prefix, model, other in pairs:
         values, stored = inference_values(model), inference_values(other)
         assert values.keys() == stored.keys()
         quantized = 0
@@ -214,7 +215,7 @@ def test_artifacts_hold_exactly_the_grid_of_the_weights(worlds, tmp_path, grid, 
             if value.ndim != 2 or value.size < 32:
                 np.testing.assert_array_equal(stored[name], value)
                 continue
-            spec = GRIDS[grid][0 if "/layer_" in name and name.endswith("/kernel") else 1]
+            spec = grid_of(grid, f"{prefix}/{name}")
             rows = value.T if name.endswith("/kernel") else value
             expected = dequantize(quantize(np.ascontiguousarray(rows), spec, name))
             np.testing.assert_array_equal(stored[name], expected.T if name.endswith("/kernel") else expected)

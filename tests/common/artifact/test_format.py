@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+from pathlib import Path
 
 import brotli
 import numpy as np
 import pytest
 import zstandard
 
-from common.artifact.container import decode_artifact, encode_artifact, load_artifact
+from common.artifact.container import STREAM_CODECS, decode_artifact, encode_artifact, load_artifact
 from common.quant.grid import QuantizedTensor, dequantize
 
 
@@ -58,10 +59,52 @@ def stream_values(layout: str, raw: bytes, n: int) -> list[int]:
     return [word >> 1 | (word & 1) << top for word in rotated]
 
 
+def rans_symbols(stored: bytes, contexts: list[int]) -> list[int]:
+    if not contexts:
+        assert stored == b""
+        return []
+    at, tables = 1, []
+    for _ in range(stored[0]):
+        first, count = stored[at], stored[at + 1] + 1
+        at += 2
+        frequency = {}
+        for symbol in range(first, first + count):
+            value = shift = 0
+            while stored[at] >= 128:
+                value, shift, at = value + (stored[at] - 128 << shift), shift + 7, at + 1
+            frequency[symbol] = value + (stored[at] << shift)
+            at += 1
+        assert sum(frequency.values()) == 2**14
+        tables.append(frequency)
+    n_lanes = 1
+    while 16 * (2 * n_lanes) ** 2 <= len(contexts):
+        n_lanes *= 2
+    states = [number(stored[at + 4 * lane : at + 4 * lane + 4]) for lane in range(n_lanes)]
+    at += 4 * n_lanes
+    symbols = []
+    for index, context in enumerate(contexts):
+        lane = index % n_lanes
+        x = states[lane]
+        u, below = x % 2**14, 0
+        for symbol, frequency in tables[context].items():  # noqa: B007 (the symbol found is used)
+            if below <= u < below + frequency:
+                break
+            below += frequency
+        symbols.append(symbol)
+        x = frequency * (x // 2**14) + u - below
+        if x < 2**16:
+            x = 2**16 * x + number(stored[at : at + 2])
+            at += 2
+        states[lane] = x
+    assert at == len(stored)
+    assert set(states) == {2**16}
+    return symbols
+
+
 def mini_read(data: bytes) -> tuple[dict[str, np.ndarray], dict]:
     """Value by value, no shortcuts, no checks of hostile input."""
     assert data[:8] == bytes.fromhex("93 47 4F 4C 46 41 52 54")
-    assert data[8] == 1
+    assert data[8] == 2
     header_bytes, header_raw_bytes, file_bytes = number(data[10:14]), number(data[14:18]), number(data[18:26])
     assert file_bytes == len(data)
     assert hashlib.blake2b(data[:-16], digest_size=16).digest() == data[-16:]
@@ -78,22 +121,61 @@ def mini_read(data: bytes) -> tuple[dict[str, np.ndarray], dict]:
         return result
 
     needs = []  # (stream, count) in order of use
-    for _, shape, grid, code_stream, scale_stream in header["tensors"]:
+    wants = []  # (class stream, count)
+    for _, shape, grid, code_stream, scale_stream, class_form, class_stream in header["tensors"]:
         scale = header["grids"][grid][2]
-        rows = shape[0] if len(shape) >= 2 else 1
+        rows, columns = (shape[0], product(shape[1:])) if len(shape) >= 2 else (1, product(shape))
         needs.append((code_stream, product(shape)))
-        needs.append((scale_stream, {"row": rows, "tensor": 1, "none": 0}[scale]))
+        needs.append((scale_stream, {"row": rows, "tensor": 1, "cross": rows + columns, "none": 0}[scale]))
+        wants.append((class_stream, {"row": rows, "tensor": 1, "cross": rows + columns, "none": 0}[class_form]))
     at = 26 + header_bytes
-    queues = []
-    for index, (codec, layout, stored_bytes) in enumerate(header["streams"]):
-        n = sum(count for stream, count in needs if stream == index)
-        raw_bytes = -(-n * int(layout[4:]) // 8) if layout.startswith("pack") else n * int(layout[6:])
-        queues.append(stream_values(layout, expand(codec, data[at : at + stored_bytes], raw_bytes), n))
+    parts = []
+    for _, _, stored_bytes in header["streams"]:
+        parts.append(data[at : at + stored_bytes])
         at += stored_bytes
     assert at == len(data) - 16
 
+    def values_of(index, n, contexts):
+        codec, layout, _ = header["streams"][index]
+        if codec != "rans":
+            raw_bytes = -(-n * int(layout[4:]) // 8) if layout.startswith("pack") else n * int(layout[6:])
+            return stream_values(layout, expand(codec, parts[index], raw_bytes), n)
+        if layout.startswith("pack"):
+            values = rans_symbols(parts[index], contexts)
+            assert all(value >> int(layout[4:]) == 0 for value in values)
+            return values
+        planes = [plane for plane in range(int(layout[6:])) for _ in range(n)]
+        return stream_values(layout, bytes(rans_symbols(parts[index], planes)), n)
+
+    class_streams = {stream for stream, count in wants if stream >= 0}
+    classes = {}
+    for index in class_streams:
+        n = sum(count for stream, count in wants if stream == index)
+        classes[index] = values_of(index, n, [0] * n)
+    contexts = {index: [] for index in range(len(parts))}
+    for (_, shape, _, code_stream, _, class_form, class_stream), (_, count) in zip(header["tensors"], wants):
+        rows, columns = (shape[0], product(shape[1:])) if len(shape) >= 2 else (1, product(shape))
+        own = []
+        if class_form != "none":
+            own, classes[class_stream] = classes[class_stream][:count], classes[class_stream][count:]
+        for row in range(rows):
+            for column in range(columns):
+                context = 0
+                if class_form == "tensor":
+                    context = own[0]
+                elif class_form == "row":
+                    context = own[row]
+                elif class_form == "cross":
+                    context = own[row] + own[rows + column]
+                contexts[code_stream].append(context)
+    assert not any(classes.values())
+    queues = []
+    for index in range(len(parts)):
+        n = sum(count for stream, count in needs if stream == index)
+        queues.append([] if index in class_streams else values_of(index, n, contexts[index]))
+
     tensors = {}
-    for name, shape, grid, code_stream, scale_stream in header["tensors"]:
+    for name, shape, grid, code_stream, scale_stream, _, _ in header["tensors"]:
         kind, bits, scale, scale_dtype, _ = header["grids"][grid]
         n = product(shape)
         words, queues[code_stream] = queues[code_stream][:n], queues[code_stream][n:]
@@ -107,11 +189,14 @@ def mini_read(data: bytes) -> tuple[dict[str, np.ndarray], dict]:
             values = np.array(codes, np.float32)
         else:
             rows = shape[0] if len(shape) >= 2 else 1
-            n_scales = rows if scale == "row" else 1
+            columns = product(shape) // rows if rows else 0
+            n_scales = {"row": rows, "tensor": 1, "cross": rows + columns}[scale]
             scales, queues[scale_stream] = queues[scale_stream][:n_scales], queues[scale_stream][n_scales:]
             scales = [float_of_bits(word << 16 if scale_dtype == "bf16" else word) for word in scales]
-            per_scale = n // n_scales if n_scales else 1
-            products = [np.float32(code) * np.float32(scales[at // per_scale]) for at, code in enumerate(codes)]
+            products = []
+            for at, code in enumerate(codes):
+                value = np.float32(code) * np.float32(scales[0 if scale == "tensor" else at // columns])
+                products.append(value * np.float32(scales[rows + at % columns]) if scale == "cross" else value)
             values = np.array(products, np.float32)
         tensors[name] = values.reshape(shape)
     assert not any(queues)
@@ -125,28 +210,29 @@ def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
         assert values.tobytes() == second[name].tobytes(), name
 
 
-def test_golden_file_reads_as_committed(golden_artifact):
-    """The file was written once; no later version may read other values from it."""
-    with np.load(golden_artifact.with_suffix(".npz"), allow_pickle=False) as file:
-        expected = {name: file[name] for name in sorted(file.files)}
-    loaded, meta = load_artifact(golden_artifact)
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+
+
+@pytest.mark.parametrize(
+    "name,codecs", [("zstd", {"zstd"}), ("general", {"raw", "brotli", "lzma"}), ("rans", {"rans"})]
+)
+def test_golden_files_read_as_committed_and_so_does_the_mini_reader(name, codecs):
+    """The files were written once; no later version may read other values from them."""
+    path = GOLDEN / f"{name}.artifact"
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+        expected = {tensor: file[tensor] for tensor in sorted(file.files)}
+    loaded, meta = load_artifact(path)
     assert_same(loaded, expected)
     assert meta["temperature"] == 1.0
-    assert {"raw", "zstd", "brotli", "lzma"} == {
-        stream.codec for stream in decode_artifact(golden_artifact.read_bytes())[2].streams
-    }
+    values, read_meta = mini_read(path.read_bytes())
+    assert_same(values, expected)
+    assert read_meta == meta
+    assert codecs <= {stream.codec for stream in decode_artifact(path.read_bytes())[2].streams}
 
 
-def test_mini_reader_reads_the_golden_file(golden_artifact):
-    values, meta = mini_read(golden_artifact.read_bytes())
-    loaded, loaded_meta = load_artifact(golden_artifact)
-    assert_same(values, loaded)
-    assert meta == loaded_meta
-
-
-@pytest.mark.parametrize("codec", ["raw", "zstd", "brotli", "lzma"])
+@pytest.mark.parametrize("codec", ["raw", "zstd", "brotli", "lzma", "rans", "all"])
 def test_mini_reader_reads_what_the_writer_writes(tensors, meta, codec):
-    values, read_meta = mini_read(encode_artifact(tensors, meta, (codec,)))
+    values, read_meta = mini_read(encode_artifact(tensors, meta, STREAM_CODECS if codec == "all" else (codec,)))
     assert read_meta == meta
     expected = {
         name: dequantize(tensors[name]) if isinstance(tensors[name], QuantizedTensor) else tensors[name]
@@ -158,4 +244,6 @@ def test_mini_reader_reads_what_the_writer_writes(tensors, meta, codec):
 def test_uncompressed_files_are_the_same_for_ever(tensors, meta):
     """Without codec libraries in play every byte follows from FORMAT.md and the writer's order."""
     digest = hashlib.sha256(encode_artifact(tensors, meta, ("raw",))).hexdigest()
-    assert digest == "e44542b28ce4226eeaa215a0e8d3265b26cf443a7a6799b2b4e611267154215b"
+    assert digest == "7ac3cfedef7acb637c005cd7980e737423d4cd394b7573d9d52dc3c1180040e2"
+    digest = hashlib.sha256(encode_artifact(tensors, meta, ("rans",))).hexdigest()
+    assert digest == "73bba64b5058199db18aa6979f27a7aaf8d97a43e291909b94e43d378d58cb95"

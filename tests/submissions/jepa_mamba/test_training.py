@@ -16,6 +16,7 @@ import torch
 
 from common.artifact.container import load_artifact, save_artifact
 from common.errors import ConfigError
+from common.softcap_xent.torch_impl import softcap_torch
 from common.text.tokenizer import load_tokenizer
 from submissions.jepa_mamba.train_gpt import (
     Masters,
@@ -106,6 +107,72 @@ def test_training_export_and_scoring_hold_the_same_weights_bit_for_bit(bits: int
     assert not any("projector" in name or "predictor" in name or "pred_proj" in name for name in tensors)
     codes = np.unique(tensors["blocks.0.mixer.in_proj.weight"][0])
     assert len(codes) <= 2**bits - 1
+
+
+def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: Path) -> None:
+    free = {"free_steps": True, "statistics_tokens": 512, "model_dim": 64, "headdim": 32}
+    config = tiny(**EVERYTHING, **free, ema_start_fraction=0.0)
+    trainer, tokenizer = Trainer(config, KERNELS, ALONE), load_tokenizer("byte")
+    trainer.step(batch_of(config), Progress(0, 0.0))
+    statistics = trainer.statistics([batch_of(config, 1), batch_of(config, 2)])
+    matrices = {name for name, p in trainer.model.lm.named_parameters() if optimizer_group(name, p) != "scalar"}
+    assert set(statistics) == matrices
+    assert all((layer.sensitivity_R >= 0).all() and layer.sensitivity_R.max() > 0 for layer in statistics.values())
+    before = {name: p.detach().clone() for name, p in trainer.model.lm.named_parameters()}
+
+    budget_bytes = 60_000
+    plan, _ = trainer.plan(statistics, tokenizer, budget_bytes)
+    assert plan.expected_nats.keys() == matrices
+    # training on these steps: every compute weight lies on its grid, masters keep their float values
+    trainer.masters.train_on(
+        {name: torch.from_numpy(plan.tensors[name].scales) for name in plan.expected_nats}, plan.loss_nats
+    )
+    trainer.step(batch_of(config, 3), Progress(1, 0.0))
+    for name in matrices:
+        scales, weight = plan.tensors[name].scales, trainer.model.lm.state_dict()[name].numpy()
+        step_RC = scales[: len(weight), None] * scales[None, len(weight) :]
+        np.testing.assert_allclose(weight / step_RC, np.rint(weight / step_RC), atol=1e-3)
+        assert not torch.equal(trainer.masters.master[f"lm.{name}"], before[name])
+    # the end: codes for the weights as they are now, on the same steps but for one factor
+    last, _ = trainer.plan(statistics, tokenizer, budget_bytes)
+    for name in matrices:
+        ratio = last.tensors[name].scales[:3] / plan.tensors[name].scales[:3]
+        np.testing.assert_allclose(ratio, ratio[0], rtol=0.01)
+    trainer.masters.rounded = {name: last.tensors[name] for name in last.expected_nats}
+    report = export_artifact(tmp_path / "model.artifact", trainer.masters, config, tokenizer, 0.99)
+    assert 0.995 * budget_bytes <= report.file_bytes <= budget_bytes
+    fresh, _, _ = load_model(tmp_path / "model.artifact", "torch", ALONE)
+    with trainer.masters.as_shipped(training_on_grid=True):
+        held = trainer.model.lm.state_dict()
+        assert all(torch.equal(held[name], loaded) for name, loaded in fresh.state_dict().items())
+
+
+def test_statistics_predict_the_loss_of_a_small_change() -> None:
+    """Fisher statistics are those of the loss: per-token gradient moments, checked against autograd by hand."""
+    config = tiny(free_steps=True, statistics_tokens=256, num_layers=1, jepa_weight=0.0, sigreg_lambda=0.0)
+    trainer = Trainer(config, KERNELS, ALONE)
+    batch = batch_of(config)
+    found = trainer.statistics([batch])["blocks.0.mlp.down.weight"]
+    trainer.masters.publish(False)  # statistics are of the float weights
+    lm = trainer.model.lm
+    module = lm.get_submodule("blocks.0.mlp.down")
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen["x"], seen["y"] = inputs[0].detach().flatten(0, 1), output
+        output.retain_grad()
+
+    handle = module.register_forward_hook(keep)
+    rows, weight, bias = lm.head(lm.encode(batch.x_BT, batch.document_ids_BT)[0])
+    logits = softcap_torch(torch.nn.functional.linear(rows, weight) + bias, config.logit_softcap, lm.softcap_kind)
+    torch.nn.functional.cross_entropy(logits, batch.y_BT.reshape(-1), reduction="sum").backward()
+    handle.remove()
+    tokens = batch.x_BT.numel()
+    assert seen["y"].grad is not None
+    gradient_NR = seen["y"].grad.flatten(0, 1).double()
+    np.testing.assert_allclose(found.sensitivity_R, gradient_NR.square().sum(0).numpy() / tokens, rtol=1e-4)
+    x_NC = seen["x"].double()
+    np.testing.assert_allclose(found.hessian_CC, (x_NC.T @ x_NC).numpy() / tokens, rtol=1e-4, atol=1e-9)
 
 
 def test_rehearsal_restores_everything_bit_for_bit() -> None:
@@ -307,6 +374,25 @@ def test_termination_saves_and_a_damaged_checkpoint_is_passed_over(byte_data: Pa
     assert f"{newest.name} is damaged" in done.stdout
     assert before.name < newest.name
     assert artifacts_equal(tmp_path / "a/run", tmp_path / "b/run")
+
+
+@pytest.mark.slow
+def test_killed_run_on_free_steps_resumes_bitwise(byte_data: Path, tmp_path: Path) -> None:
+    options = {
+        **EVERYTHING, "iterations": 24, "checkpoint_every": 3, "ema_start_fraction": 0.2, "data_path": byte_data,
+        "free_steps": True, "free_qat_fraction": 0.5, "statistics_tokens": 512, "artifact_bytes": 20_000,
+    }  # fmt: skip
+    run_entry(*flags(**options, runs_dir=tmp_path / "a", run_id="run"))
+    arguments = flags(**options, runs_dir=tmp_path / "b", run_id="run")
+    for step in (10, 18):
+        process = start(*arguments)
+        wait_for_step(tmp_path / "b/run", step, process)
+        process.kill()
+        process.communicate()
+    run_entry(*arguments)
+    assert losses_of(tmp_path / "a/run") == losses_of(tmp_path / "b/run")
+    assert artifacts_equal(tmp_path / "a/run", tmp_path / "b/run")
+    assert 19_900 <= (tmp_path / "a/run/model.artifact").stat().st_size <= 20_000
 
 
 def test_another_configuration_does_not_resume(byte_data: Path, tmp_path: Path) -> None:
