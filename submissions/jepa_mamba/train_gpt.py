@@ -110,7 +110,7 @@ class Config:
     device: str = option("auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
     kernels: str = option(
         "auto",
-        "triton: ours; mamba_ssm: packages for scan and convolution; torch: plain. auto: triton on CUDA if it can run",
+        "triton: ours; mamba_ssm: packages for scan and convolution; torch: plain. auto: packages where they are installed",
         ("auto", "triton", "mamba_ssm", "torch"),
     )
     compile_model: bool = option(False, "torch.compile the loss; the warmup steps pay for compilation")
@@ -529,11 +529,11 @@ def select_kernels(choice: str, device: torch.device) -> Kernels:
         return package_forms
     if on_cuda:
         return torch_forms._replace(reason=f"auto: {on_cuda}")
-    if not no_triton:
-        return triton_forms._replace(reason=f"auto: {torch.cuda.get_device_name(device)} can run them")
+    # Ours become the first choice once `scripts/bench kernels` has shown them right on a GPU (LOG.md, GPU queue).
+    ours = no_triton or "--kernels triton has yet to be shown on a GPU"
     if not no_packages:
-        return package_forms._replace(reason=f"auto: packages installed, but {no_triton}")
-    return torch_forms._replace(reason=f"auto: {no_triton}, and {no_packages}")
+        return package_forms._replace(reason=f"auto: packages installed; {ours}")
+    return torch_forms._replace(reason=f"auto: {no_packages}; {ours}")
 
 
 class LayerState(NamedTuple):

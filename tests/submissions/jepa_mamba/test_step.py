@@ -47,16 +47,16 @@ def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
 def machine(monkeypatch: pytest.MonkeyPatch, triton_lacks: str, packages: bool) -> None:
     monkeypatch.setattr(train_gpt, "triton_obstacle", lambda device: triton_lacks)
     monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: object() if packages else None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
 
 
 @pytest.mark.parametrize(
     ("device", "triton_lacks", "packages", "name", "reason"),
     [
-        (CUDA, "", True, "triton", "auto: a GPU can run them"),
-        (CUDA, "", False, "triton", "auto: a GPU can run them"),
-        (CUDA, "triton is not installed", True, "mamba_ssm", "auto: packages installed, but triton is not installed"),
-        (CUDA, "x", False, "torch", "auto: x, and mamba_ssm, causal_conv1d not installed"),
+        (CUDA, "", True, "mamba_ssm", "auto: packages installed; --kernels triton has yet to be shown on a GPU"),
+        (CUDA, "", False, "torch",
+         "auto: mamba_ssm, causal_conv1d not installed; --kernels triton has yet to be shown on a GPU"),
+        (CUDA, "triton is not installed", True, "mamba_ssm", "auto: packages installed; triton is not installed"),
+        (CUDA, "x", False, "torch", "auto: mamba_ssm, causal_conv1d not installed; x"),
         (CPU, "", True, "torch", "auto: device is cpu, not cuda"),
     ],
 )
