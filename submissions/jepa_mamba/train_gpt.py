@@ -110,7 +110,7 @@ class Config:
     device: str = option("auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
     kernels: str = option(
         "auto",
-        "triton: ours; mamba_ssm: packages for scan and convolution; torch: plain. auto: packages where they are installed",
+        "triton: ours; mamba_ssm: packages for scan and convolution; torch: plain. auto: packages if installed",
         ("auto", "triton", "mamba_ssm", "torch"),
     )
     compile_model: bool = option(False, "torch.compile the loss; the warmup steps pay for compilation")
