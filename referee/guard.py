@@ -29,7 +29,7 @@ def install_guard(report: str, quiet: list[str]) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, mode, flags = arguments
+            path, mode, flags = list(arguments)
             if isinstance(path, bytes):
                 path = os.fsdecode(path)
             if not isinstance(path, str):

@@ -1554,8 +1554,11 @@ def layer_statistics(
 
         return forward
 
+    def keep_embedded(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        embedded.append(output)
+
     handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
-    handles.append(lm.token_embed.register_forward_hook(lambda module, inputs, output: embedded.append(output)))
+    handles.append(lm.token_embed.register_forward_hook(keep_embedded))
     own_head = lm.lm_head is not None
     try:
         with torch.enable_grad():
@@ -2259,10 +2262,10 @@ class Trainer:
         with self.masters.as_shipped(training_on_grid=True):
             return search_temperature(self.model.lm, x_BT[:rows], y_BT[:rows], documents_BT[:rows], micro, self.ranks)
 
-
     def statistics(self, batches: Sequence[StepBatch]) -> dict[str, LayerStatistics]:
         """Of the float weights that would ship, on training text."""
-        x_BT, y_BT, documents_BT = (torch.cat([batch[i] for batch in batches]) for i in range(3))
+        x_BT, y_BT = torch.cat([batch.x_BT for batch in batches]), torch.cat([batch.y_BT for batch in batches])
+        documents_BT = torch.cat([batch.document_ids_BT for batch in batches])
         rows = max(1, self.config.statistics_tokens // self.config.train_seq_len // self.ranks.world)
         micro = max(1, min(self.config.micro_batch_tokens, 8192) // self.config.train_seq_len)  # whole logits
         with self.masters.as_shipped(training_on_grid=True, on_grid=False):
