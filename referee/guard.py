@@ -29,7 +29,7 @@ def install_guard(report: str, quiet: list[str]) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, mode, flags = list(arguments)
+            path, mode, flags = arguments
             if isinstance(path, bytes):
                 path = os.fsdecode(path)
             if not isinstance(path, str):
@@ -39,9 +39,7 @@ def install_guard(report: str, quiet: list[str]) -> None:
                 writes = bool(flags & (os.O_WRONLY | os.O_RDWR)) if isinstance(flags, int) else "r" not in (mode or "r")
                 say(event="open", path=path, write=writes)
         elif event in SOCKET_EVENTS:
-            address = (
-                arguments[1] if event in ("socket.connect", "socket.bind") and len(arguments) > 1 else arguments[0]
-            )
+            address = arguments[-1 if event in ("socket.connect", "socket.bind") else 0]
             family = getattr(arguments[0], "family", None)
             if family is not None and family.name == "AF_UNIX":
                 return

@@ -2269,9 +2269,7 @@ class Trainer:
         rows = max(1, self.config.statistics_tokens // self.config.train_seq_len // self.ranks.world)
         micro = max(1, min(self.config.micro_batch_tokens, 8192) // self.config.train_seq_len)  # whole logits
         with self.masters.as_shipped(training_on_grid=True, on_grid=False):
-            return layer_statistics(
-                self.model.lm, x_BT[:rows], y_BT[:rows], documents_BT[:rows], micro, self.ranks
-            )
+            return layer_statistics(self.model.lm, x_BT[:rows], y_BT[:rows], documents_BT[:rows], micro, self.ranks)
 
     def plan(
         self, statistics: Mapping[str, LayerStatistics], tokenizer: Tokenizer, budget_bytes: int
