@@ -191,5 +191,5 @@ def parse_log(name: str, whole: str) -> Log:
         weight_bytes=integers(rf"^Serialized model \S+: {INTEGER}") or integers(rf"^artifact .* {INTEGER}$"),
         total_bytes=integers(rf"^Total submission size \S+: {INTEGER}") or own_total,
         val_tokens=int(val_tokens.group(1)) if val_tokens else None,
-        on_gpu="NCCL" in text or "cuda" in text.split("kernels:")[-1][:200] or bool(re.search(r"H100|H200|A100", text)),
+        on_gpu=bool(re.search(r"NCCL|H100|H200|A100|^kernels: .*; device cuda", text, re.MULTILINE)),
     )

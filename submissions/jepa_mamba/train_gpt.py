@@ -715,13 +715,18 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.model_dim, hidden * (2 if self.activation == "swiglu" else 1), bias=False)
         self.down = nn.Linear(hidden, config.model_dim, bias=False)
         nn.init.zeros_(self.down.weight)
+        self.watched = False  # both matrices called as modules, so that hooks see what goes in and out of them
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.activation != "swiglu":
-            slope = 0.5 if self.activation == "leaky_relu2" else 0.0
+        slope = 0.5 if self.activation == "leaky_relu2" else 0.0
+        if self.activation == "swiglu":
+            gate, value = self.up(x_BTD).chunk(2, dim=-1)
+            hidden_BTF = F.silu(gate) * value
+        elif self.watched:
+            hidden_BTF = F.leaky_relu(self.up(x_BTD), slope).square()
+        else:
             return self.kernels.relu2_ffn(x_BTD, self.up.weight, self.down.weight, negative_slope=slope, eps=1e-6)
-        gate, value = self.up(x_BTD).chunk(2, dim=-1)
-        return self.down(rms_norm_torch(F.silu(gate) * value, 1e-6))
+        return self.down(rms_norm_torch(hidden_BTF, 1e-6))
 
 
 class Block(nn.Module):
@@ -1560,7 +1565,10 @@ def layer_statistics(
     handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
     handles.append(lm.token_embed.register_forward_hook(keep_embedded))
     own_head = lm.lm_head is not None
+    networks = [module for module in lm.modules() if isinstance(module, FeedForward)]
     try:
+        for network in networks:
+            network.watched = True
         with torch.enable_grad():
             for i in range(0, x_BT.shape[0], rows):
                 x, y, documents = (t[i : i + rows] for t in (x_BT, y_BT, document_ids_BT))
@@ -1583,6 +1591,8 @@ def layer_statistics(
     finally:
         for handle in handles:
             handle.remove()
+        for network in networks:
+            network.watched = False
         for parameter in lm.parameters():
             parameter.grad = None
     tokens = float(ranks.sum(torch.tensor([float(x_BT.numel())], device=x_BT.device)))

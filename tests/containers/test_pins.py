@@ -75,7 +75,7 @@ def lock_problems(lock: Lock, project: dict, no_deps: str, text: str) -> list[st
         else:
             locked[normal(match[1])] = match[2]
     for pin in pins:
-        name, version = re.sub(r"\[.*\]", "", pin).split("==")
+        name, version = re.sub(r"\[.*\]|;.*", "", pin).strip().split("==")
         if locked.get(normal(name)) != version:
             problems.append(f"{lock.name}.lock has {name} {locked.get(normal(name))}, pyproject.toml {version}")
     return problems

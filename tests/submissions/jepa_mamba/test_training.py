@@ -19,6 +19,7 @@ from common.errors import ConfigError
 from common.softcap_xent.torch_impl import softcap_torch
 from common.text.tokenizer import load_tokenizer
 from submissions.jepa_mamba.train_gpt import (
+    FeedForward,
     Masters,
     Progress,
     Ranks,
@@ -147,6 +148,16 @@ def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: P
         assert all(torch.equal(held[name], loaded) for name, loaded in fresh.state_dict().items())
 
 
+@pytest.mark.parametrize("activation", ["relu2", "leaky_relu2", "swiglu"])
+def test_a_watched_feed_forward_is_the_same_function(activation) -> None:
+    network = FeedForward(tiny(activation=activation), KERNELS)
+    torch.nn.init.normal_(network.down.weight)
+    x_BTD = torch.randn(2, 3, network.down.out_features)
+    fused_BTD = network(x_BTD)
+    network.watched = True
+    torch.testing.assert_close(network(x_BTD), fused_BTD)
+
+
 def test_statistics_predict_the_loss_of_a_small_change() -> None:
     """Fisher statistics are those of the loss: per-token gradient moments, checked against autograd by hand."""
     config = tiny(free_steps=True, statistics_tokens=256, num_layers=1, jepa_weight=0.0, sigreg_lambda=0.0)
@@ -162,6 +173,10 @@ def test_statistics_predict_the_loss_of_a_small_change() -> None:
         seen["x"], seen["y"] = inputs[0].detach().flatten(0, 1), output
         output.retain_grad()
 
+    network = lm.get_submodule("blocks.0.mlp")
+    assert isinstance(network, FeedForward)
+    assert not network.watched
+    network.watched = True
     handle = module.register_forward_hook(keep)
     rows, weight, bias = lm.head(lm.encode(batch.x_BT, batch.document_ids_BT)[0])
     logits = softcap_torch(torch.nn.functional.linear(rows, weight) + bias, config.logit_softcap, lm.softcap_kind)
