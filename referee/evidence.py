@@ -22,6 +22,7 @@ from referee.model import (
     not_checkable,
     passed,
 )  # fmt: skip
+from referee.unpack import unpack
 
 REQUIRED_FIELDS = ("name", "author", "github_id", "date", "val_bpb")
 # Options that may differ between the runs of one configuration: names, places, machines, and what is only speed.
@@ -77,18 +78,33 @@ def check_papers(submission: Submission) -> list[Finding]:
 
 @lru_cache(maxsize=128)
 def statements(text: str) -> Counter[str]:
-    """Top-level statements of a program as their syntax, without docstrings, imports and the bundled preset."""
+    """Top-level statements of a program as their syntax, without docstrings, imports and the bundled preset.
+
+    Of a packed program, those of what is packed. Raises SyntaxError if it cannot be read.
+    """
+    layers = unpack(text.encode(), "source").layers
+    if not layers:
+        raise SyntaxError("no Python program")
     out: Counter[str] = Counter()
-    for index, node in enumerate(ast.parse(text).body):
+    for node in without_docstrings(ast.parse(layers[-1].text)).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            continue
-        if index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue
         target = node.target if isinstance(node, ast.AnnAssign) else None
         if isinstance(target, ast.Name) and target.id == PRESET_NAME:
             continue
         out[ast.dump(node)] += 1
     return out
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    """The tree, changed: packers leave docstrings out, and a body of nothing else gets `pass`."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
+            first = node.body[0]
+            value = first.value if isinstance(first, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
+    return tree
 
 
 def first_difference(one: Counter[str], other: Counter[str]) -> str:

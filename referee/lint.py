@@ -35,6 +35,10 @@ IMPORT_OF = {"flash_attn_interface": ("flash_attn_3", "flash_attn"), "PIL": ("pi
 TRAIN_DATA = re.compile(r"train_(files|shards?|loader|pattern|data|stream|tokens_path)$|_train_|train_\*|trainloader")
 SCORES = re.compile(r"(^|_)(eval|evaluate|score|scoring|sliding|ttt|validate|val|temperature|temp|calibrate_t)(_|$)")
 TRAINS = ("backward",)
+STARTERS = {
+    "subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "os.system", "os.popen",
+}  # fmt: skip
 
 
 def at(layer: Layer, node: ast.AST) -> str:
@@ -160,10 +164,13 @@ def check_network(submission: Submission) -> list[Finding]:
 
 def started_program(node: ast.Call, name: str) -> str | None:
     """The program that a call starts, '?' if its name is computed; None if the call starts none."""
-    if name not in ("subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call",
-                    "subprocess.check_output", "os.system", "os.popen"):  # fmt: skip
+    if name.startswith(("os.spawn", "os.posix_spawn")):
+        arguments = node.args[1:] if name.startswith("os.spawn") else node.args
+    elif name in STARTERS or name.startswith("os.exec"):
+        arguments = node.args
+    else:
         return None
-    first = node.args[0] if node.args else next((k.value for k in node.keywords if k.arg == "args"), None)
+    first = arguments[0] if arguments else next((k.value for k in node.keywords if k.arg == "args"), None)
     if isinstance(first, (ast.List, ast.Tuple)) and first.elts:
         first = first.elts[0]
     if isinstance(first, ast.Constant) and isinstance(first.value, str) and first.value.strip():

@@ -152,12 +152,11 @@ def parse_log(name: str, whole: str) -> Log:
         if stated is not None:
             train = Span("training", _seconds(*stated.groups()), _line_of(text, stated.start(), first_line))
     evaluations = []
-    for match in re.finditer(rf"^(.*?)\b(?:total_)?(?:eval_)?time:? ?{NUMBER}(ms|s)\b", text, re.MULTILINE):
+    for match in re.finditer(rf"^(.*?)\b(?:total_)?(?:eval_)?time:? ?{NUMBER} ?(ms|s)\b", text, re.MULTILINE):
         if "train_time" in match.group(0) and "eval_time" not in match.group(0):
             continue
-        what = match.group(1).split("val_loss")[0].strip() or match.group(0).strip()[:40]
         line = _line_of(text, match.start(), first_line)
-        evaluations.append(Span(what, _seconds(match.group(2), match.group(3)), line))
+        evaluations.append(Span(match.group(0).strip(), _seconds(match.group(2), match.group(3)), line))
     after = []
     ended = stated.start() if stated is not None else len(text)
     learns = rf"^(.*(?:GPTQ|gptq|Hessian|calibrat|self-gen|SWA|EMA).*?)\b(?:in|took|time[:=]?) ?{NUMBER} ?(ms|s)\b"

@@ -13,6 +13,7 @@ import bz2
 import lzma
 import platform
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -54,8 +55,8 @@ class Layer:
         return tuple((node, resolved(node.func, aliases)) for node in self.nodes if isinstance(node, ast.Call))
 
 
-def _bounded_lzma(data: bytes, **options: Any) -> bytes:
-    return lzma.LZMADecompressor(**options).decompress(data, MAX_LAYER_BYTES)
+def _bounded_lzma(data: bytes, format: int = lzma.FORMAT_AUTO, _limit: Any = None, filters: Any = None) -> bytes:
+    return lzma.LZMADecompressor(format, filters=filters).decompress(data, MAX_LAYER_BYTES)
 
 
 def _bounded_zlib(data: bytes, wbits: int = zlib.MAX_WBITS) -> bytes:
@@ -84,7 +85,6 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "base64.b32decode": base64.b32decode,
     "bytes.fromhex": bytes.fromhex,
     "binascii.unhexlify": bytes.fromhex,
-    "compile": lambda source, *_: source,
 }
 DECOMPRESSORS = tuple(name for name in DECODERS if name.endswith(".decompress"))
 
@@ -124,18 +124,36 @@ class Interpreter:
 
     def __init__(self, layer: Layer) -> None:
         self.aliases = aliases_of(layer.nodes)
-        self.bound: dict[str, ast.expr] = {}
+        self.bound: dict[str, list[ast.Assign]] = {}
         for node in layer.tree.body:
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                self.bound[node.targets[0].id] = node.value
+                self.bound.setdefault(node.targets[0].id, []).append(node)
+        stored = [node for node in layer.nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)]
+        self.stores = Counter(node.id for node in stored)
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        self.in_functions = {id(i) for node in layer.nodes if isinstance(node, kinds) for i in ast.walk(node)}
+
+    def assigned(self, node: ast.Name) -> ast.expr:
+        """What a name stands for where it is used. Raises CannotUnpack if that depends on the order of execution."""
+        assignments = self.bound.get(node.id, [])
+        if self.stores[node.id] != len(assignments):
+            raise CannotUnpack(f"line {node.lineno}: {node.id} is also assigned inside a function, loop or block")
+        if len(assignments) > 1:
+            here = (node.lineno, node.col_offset)
+            assignments = [a for a in assignments if (a.end_lineno or 0, a.end_col_offset or 0) <= here]
+            if not assignments or id(node) in self.in_functions:
+                raise CannotUnpack(f"line {node.lineno}: {node.id} is assigned more than once")
+        if not assignments:
+            raise CannotUnpack(f"line {node.lineno}: {node.id} is no constant of the file")
+        return assignments[-1].value
 
     def value(self, node: ast.AST, depth: int = 0) -> Any:
         if depth > 20:
             raise CannotUnpack("nested too deeply")
         if isinstance(node, ast.Constant):
             return node.value
-        if isinstance(node, ast.Name) and node.id in self.bound:
-            return self.value(self.bound[node.id], depth + 1)
+        if isinstance(node, ast.Name):
+            return self.value(self.assigned(node), depth + 1)
         if isinstance(node, (ast.List, ast.Tuple)):
             return [self.value(item, depth + 1) for item in node.elts]
         if isinstance(node, ast.Dict) and all(key is not None for key in node.keys):
@@ -155,6 +173,8 @@ class Interpreter:
 
     def call(self, node: ast.Call, depth: int) -> Any:
         name = resolved(node.func, self.aliases)
+        if name == "compile" and node.args:
+            return self.value(node.args[0], depth + 1)  # whatever its file is called
         if name in DECODERS:
             arguments = [self.value(item, depth + 1) for item in node.args]
             options = {item.arg: self.value(item.value, depth + 1) for item in node.keywords if item.arg}
@@ -239,6 +259,8 @@ def unpack(data: bytes, name: str) -> Unpacked:
                 if runs_text:
                     closed.append(f"{layer.name}: line {node.lineno}: {called} of something that is no program text")
                 continue
+            if any(text == known.text for known in layers):
+                continue  # decompressed in one place, run in another
             tree, why = parsed(text, inner_name)
             if tree is not None and len(layers) < MAX_LAYERS:
                 layers.append(Layer(inner_name, text, tree))

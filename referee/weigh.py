@@ -8,8 +8,9 @@ import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from referee.folder import FileFact, Submission
+from referee.folder import FileFact, Submission, Weights
 from referee.model import LIMIT_BYTES, Check, Finding, failed, not_checkable, passed
+from referee.unpack import dotted
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,14 @@ def names_a_file(node: ast.AST) -> str | None:
     return None
 
 
+IMPORTERS = ("import_module", "__import__", "run_module")
+
+
 def imported_paths(node: ast.AST) -> list[tuple[str, ...]]:
-    """Where an import statement would find its modules, as path parts."""
+    """Where an import statement, or a call that imports by name, would find its modules, as path parts."""
+    if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in IMPORTERS and node.args:
+        name = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+        return [tuple(name.split("."))] if isinstance(name, str) else []
     if isinstance(node, ast.Import):
         return [tuple(item.name.split(".")) for item in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -91,10 +98,20 @@ def packed_bytes(submission: Submission) -> int:
 
 
 def weight_bytes(submission: Submission) -> tuple[int | None, str]:
-    """Largest weights, from the files or else from the logs, and where that comes from."""
+    """Bytes of the weights of the largest run, and where that comes from: files, or else logs.
+
+    In the folder, files of weights whose name tells no seed go with every run; files given beside it are one a run.
+    """
+    inside = [w for w in submission.weights if w.path.is_relative_to(submission.root)]
+    of_seed: dict[str | None, list[Weights]] = {}
+    for weights in inside:
+        of_seed.setdefault(weights.seed, []).append(weights)
+    always = of_seed.pop(None, [])
+    runs = [[*own, *always] for own in of_seed.values()] or [always]
+    runs += [[weights] for weights in submission.weights if weights not in inside]
     if submission.weights:
-        largest = max(submission.weights, key=lambda w: w.size_bytes)
-        return largest.size_bytes, largest.label
+        largest = max(runs, key=lambda run: sum(w.size_bytes for w in run))
+        return sum(w.size_bytes for w in largest), ", ".join(w.label for w in largest)
     stated = [(log.weight_bytes[-1], log.name) for log in submission.logs if log.weight_bytes]
     return max(stated, default=(None, ""))
 
@@ -115,7 +132,9 @@ def check_counted(submission: Submission) -> list[Finding]:
         ]
     total = code + beside + weights
     packed = packed_bytes(submission)
-    parts = f"code {code:,} (packed it would be {packed:,}) + weights {weights:,} ({source})"
+    inside = submission.layers[-1].size_bytes if len(submission.layers) > 1 else 0
+    form = f"packed; unpacked {inside:,}" if inside else f"packed it would be {packed:,}"
+    parts = f"code {code:,} ({form}) + weights {weights:,} ({source})"
     parts += f" + files beside it {beside:,}" if beside else ""
     if total > LIMIT_BYTES:
         mend = f"{total - LIMIT_BYTES:,} bytes over; fewer parameters, fewer bits or less code"

@@ -381,8 +381,8 @@ def readme_text(root: Path, entry: str, preset_name: str, bundle: Bundle, record
     lines += ["torchrun --standalone --nproc_per_node=8 train_gpt.py --data_path DATA"]
     lines += ["python train_gpt.py --score ARTIFACT --val 'DATA/*_val_*.bin'", "```", ""]
     if bundle.form == "packed":
-        lines += ["`train_gpt.py` is packed: it writes the program beside itself and runs it there. Nothing uses"]
-        lines += ["`plain_train_gpt.py`, the same program with its comments.", ""]
+        lines += ["`train_gpt.py` is packed: it runs the program that it holds, whose source lies in a temporary"]
+        lines += ["folder meanwhile. Nothing uses `plain_train_gpt.py`, the same program with its comments.", ""]
     lines += ["The program is made of these files, inlined unchanged by `scripts/bundle.py`:", ""]
     lines += [f"- `{path}`" for path in bundle.modules]
     lines += ["", "## Results", "", f"Code: {bundle.code_bytes:,} bytes."]

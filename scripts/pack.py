@@ -1,8 +1,9 @@
 """A Python file in few bytes: comments and docstrings taken out, compressed, unpacking itself into a real file.
 
-The packed file writes the code that it holds beside itself (or into a temporary folder where it may not write) and
-starts it there in its own place, same process, same arguments. Triton and torch.compile read the source of functions
-through `inspect`: they find the real file.
+The packed file runs the code that it holds in its own place: same process, same module, same `__file__`. So torchrun
+can start it, a referee can import it, and its own bytes are what a run logs and counts. Triton and torch.compile
+read the source of functions through `inspect`; for them the code also lies in a real file, in a temporary folder of
+this process: ranks do not share it, nothing beside the program is written, and it is removed at exit.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import tokenize
 
 from common.errors import ConfigError
 
-PACKED_NAME = "train_gpt_unpacked.py"
+UNPACKED_NAME = "train_gpt_unpacked.py"
 _LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4}]}
 
-# What the packed file does: nothing is kept from before, nothing is looked up. {code} has no quote and no backslash.
-STUB = """import base64,lzma,os,sys,tempfile
-s=lzma.decompress(base64.b85decode("{code}"),lzma.FORMAT_RAW,None,[{{"id":lzma.FILTER_LZMA2,"preset":{preset},"lc":4}}])
-f=os.path.join(os.path.dirname(os.path.abspath(__file__)),"{name}")
-try:
- t=f"{{f}}.{{os.getpid()}}";open(t,"wb").write(s);os.replace(t,f)
-except OSError:f=os.path.join(tempfile.mkdtemp(),"{name}");open(f,"wb").write(s)
-os.execv(sys.executable,[sys.executable,f,*sys.argv[1:]])
+# What the packed file does. {code} has no quote and no backslash.
+STUB = """import atexit,base64,lzma,os,shutil,tempfile
+_s=lzma.decompress(base64.b85decode("{code}"),lzma.FORMAT_RAW,None,[{{"id":lzma.FILTER_LZMA2,"preset":{preset},"lc":4}}])
+_d=tempfile.mkdtemp()
+atexit.register(shutil.rmtree,_d)
+_f=os.path.join(_d,"{name}")
+with open(_f,"wb") as _o:_o.write(_s)
+exec(compile(_s,_f,"exec"))
 """
 
 
@@ -71,7 +72,7 @@ def strip_source(source: str) -> str:
 
 
 def pack_source(source: str) -> str:
-    """The packed form of a program that is started as a file. Deterministic; plain ASCII. Raises ConfigError."""
+    """The packed form of a program. Deterministic; plain ASCII. Raises ConfigError."""
     stored = lzma.compress(strip_source(source).encode(), **_LZMA)
     code = base64.b85encode(stored).decode("ascii")
-    return STUB.format(code=code, name=PACKED_NAME, preset=9 | lzma.PRESET_EXTREME)
+    return STUB.format(code=code, name=UNPACKED_NAME, preset=9 | lzma.PRESET_EXTREME)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import concurrent.futures
 import hashlib
 import json
-import lzma
 import os
 import random
 import re
@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,10 @@ from referee.case import CHECKS, FAMILIES, Case, failures, verify
 from referee.data import HEADER, MAGIC, VERSION, read_data
 from referee.evidence import runs_of
 from referee.folder import read_submission
+from referee.logs import split_sources
 from referee.model import LIMIT_BYTES
 from scripts.bundle import ROOT, write_dist
+from scripts.pack import pack_source
 from scripts.prepare_text import main as prepare_text
 
 TABLE = ROOT / "docs" / "VERIFIER.md"
@@ -218,10 +221,7 @@ def make_bench(root: Path) -> Bench:
     )
     if done.returncode != 0:
         raise GolfError(f"the tiny runs ended with status {done.returncode}: {done.stderr[-2000:]}")
-    runs = [root / "runs" / f"seed{seed}" for seed in SEEDS]
-    write_dist(bench.dist, str(preset), runs, dict(ABOUT))
-    for seed, run in zip(SEEDS, runs):
-        shutil.copyfile(run / "model.artifact", bench.dist / f"model_seed{seed}.artifact")
+    write_submission(bench, "plain")
     bench.record.mkdir()
     worse = bench.claims()
     for one in worse["seed_results"].values():
@@ -229,6 +229,24 @@ def make_bench(root: Path) -> Bench:
         one["val_loss"] += 3.0
     (bench.record / "submission.json").write_text(json.dumps(worse), encoding="utf-8")
     return bench
+
+
+def write_submission(bench: Bench, form: str) -> None:
+    """The submission folder anew, as our bundler writes it, with the weights of all seeds."""
+    runs = [bench.root / "runs" / f"seed{seed}" for seed in SEEDS]
+    write_dist(bench.dist, str(bench.root / "tiny.py"), runs, dict(ABOUT), form=form)
+    for seed, run in zip(SEEDS, runs):
+        shutil.copyfile(run / "model.artifact", bench.dist / f"model_seed{seed}.artifact")
+
+
+def alarms_of(bench: Bench, form: str, work: Path, families: Sequence[str] = FAMILIES) -> list[str]:
+    """What is found in the good submission in a form of the bundle: nothing, if the referee is right."""
+    copy = bench.copy(work / f"good-{form}")
+    try:
+        write_submission(copy, form)
+        return [f"{name}: {found}" for name, found in examine(copy, families).items()]
+    finally:
+        shutil.rmtree(copy.root)
 
 
 def examine(bench: Bench, families: Sequence[str] = FAMILIES, threads: int = 1) -> dict[str, list[str]]:
@@ -270,9 +288,25 @@ def one_byte_over(b: Bench) -> None:
     b.reseal(before)
 
 
+def packed_over(b: Bench) -> None:
+    pack(b)
+    one_byte_over(b)
+
+
 def helper_module(b: Bench) -> None:
     (b.dist / "helper.py").write_text("VALUE = 1\n", encoding="utf-8")
     b.edit_program("import argparse\n", "import argparse\nimport helper\n", in_logs=False)
+
+
+def import_by_name(b: Bench) -> None:
+    (b.dist / "helper.py").write_text("VALUE = 1\n", encoding="utf-8")
+    b.add_to_program('def more() -> Any:\n    return __import__("helper")')
+
+
+def second_weights(b: Bench) -> None:
+    largest = max(path.stat().st_size for path in b.dist.glob("*.artifact"))
+    with open(b.dist / "more.npz", "wb") as file:
+        file.truncate(LIMIT_BYTES - largest - b.program.stat().st_size + 1)
 
 
 def exec_of_sibling(b: Bench) -> None:
@@ -288,13 +322,43 @@ def binary_as_text(b: Bench) -> None:
     (b.dist / "notes.txt").write_bytes(b"see the table\n" + bytes(range(256)) * 40)
 
 
-def repack(b: Bench, damage: bool) -> None:
-    before, data = b.program.stat().st_size, b.program.read_bytes()
-    packed = base64.b85encode(lzma.compress(data)).decode()
-    packed = packed[: len(packed) // 2] + packed[len(packed) // 2 + 5 :] if damage else packed
-    wrapper = f"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({packed!r})))\n"
-    b.program.write_text(wrapper, encoding="utf-8")
+def pack(b: Bench, change: Callable[[str], str] = str) -> None:
+    """The program in packed form, `change` laid over the packed text; sizes follow."""
+    before = b.program.stat().st_size
+    b.program.write_text(change(pack_source(b.program.read_text(encoding="utf-8"))), encoding="utf-8")
     b.reseal(before)
+
+
+def packed(plant: Callable[[Bench], None]) -> Callable[[Bench], None]:
+    """A fault in the program, which is then packed."""
+
+    def both(b: Bench) -> None:
+        plant(b)
+        pack(b)
+
+    return both
+
+
+def damage(text: str) -> str:
+    return text[: len(text) // 2] + text[len(text) // 2 + 5 :]
+
+
+def unpacks_beside(b: Bench) -> None:
+    pack(b, lambda text: text.replace("tempfile.mkdtemp()", "os.path.dirname(os.path.abspath(__file__))").replace(
+        "atexit.register(shutil.rmtree,_d)\n", "atexit.register(os.remove,_d+'/train_gpt_unpacked.py')\n"))  # fmt: skip
+
+
+def obscured(b: Bench) -> None:
+    """The program behind a cipher that only running it undoes; the logs open with it."""
+    before = b.program.stat().st_size
+    hidden = bytes(byte ^ 1 for byte in b.program.read_bytes())
+    code = base64.b85encode(hidden).decode()
+    text = f"import base64\nexec(bytes(byte ^ 1 for byte in base64.b85decode({code!r})))\n"
+    b.program.write_text(text, encoding="utf-8")
+    b.reseal(before)
+    for seed in SEEDS:
+        told = split_sources(b.log(seed).read_text(encoding="utf-8"))[1]
+        b.log(seed).write_text(f"{'=' * 40} train_gpt.py\n{text}\n{told}", encoding="utf-8")
 
 
 def undeclared_package(b: Bench) -> None:
@@ -377,14 +441,38 @@ def capped_validation(b: Bench) -> None:
     b.edit_program(f"{line}\n    scores = {{", f"{line}.first(512)\n    scores = {{")
 
 
+def bytes_misstated(b: Bench) -> None:
+    """--score prints more bytes than it divides by; nothing is claimed of bytes."""
+    line = '        "val_bytes": head["scored_bytes"],\n'
+    b.edit_program(line, line.replace("],", "] + 100,"))
+    record = b.claims()
+    for one in record["seed_results"].values():
+        del one["val_bytes"]
+    b.claim(record)
+
+
+def claims_follow(b: Bench) -> None:
+    """Claims and logs of the first seed say what the changed program scores, and the mean follows."""
+    val, artifact = str(b.data / "*_val_*.bin"), str(b.dist / "model_seed1.artifact")
+    command = [sys.executable, str(b.program), "--score", artifact, "--val", val, "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=b.root, env=environment, capture_output=True, text=True, check=True)
+    scored, old = json.loads(done.stdout.splitlines()[-1]), b.claims()["seed_results"]["1"]["val_bpb"]
+    b.of_seed(1, val_bpb=scored["val_bpb"], val_loss=scored["val_loss"])
+    b.edit_log(1, f"val_bpb {old:.4f} (carried", f"val_bpb {scored['val_bpb']:.4f} (carried")
+    b.mean_again()
+
+
 def off_by_one_window(b: Bench) -> None:
     b.edit_program("                count = min(width, end - start)\n                nll_n[start",
                    "                count = min(width, end - start) - 1\n                nll_n[start")  # fmt: skip
+    claims_follow(b)
 
 
 def off_by_one_last_window(b: Bench) -> None:
     b.edit_program("range(0, max((end - start for start, end in own), default=0), length)",
                    "range(0, max((end - start for start, end in own), default=0) - length, length)")  # fmt: skip
+    claims_follow(b)
 
 
 def in_nll(b: Bench, statement: str) -> None:
@@ -404,6 +492,11 @@ def target_in_input(b: Bench) -> None:
 
 def window_statistics(b: Bench) -> None:
     b.edit_program(EMBEDS, EMBEDS + "        x_BTD = x_BTD - 0.01 * x_BTD.mean(1, True)\n")
+
+
+def shift_over_documents(b: Bench) -> None:
+    shifted = "F.pad(x_BTD, (0, 0, 16, 0))[:, : x_BTD.shape[1]]"
+    b.edit_program(EMBEDS, EMBEDS + f"        x_BTD = x_BTD + 0.01 * {shifted}\n")
 
 
 def better_of_two(b: Bench) -> None:
@@ -426,6 +519,28 @@ LEARNER = """def learn_from(lm: Any, tokens: np.ndarray) -> None:
         F.cross_entropy(bias.expand(len(ids), -1), ids).backward()
         optimizer.step()
         lm.vocab_bias.data = lm.vocab_bias.data.clone() + bias.detach()"""
+
+
+def discarded_learner(b: Bench) -> None:
+    """Learns after scoring, and throws away what it has learned."""
+    b.add_to_program(LEARNER)
+    line = "    return ranks.sum(nll_n).cpu().numpy(), int(total)"
+    learns = "    kept = lm.vocab_bias.data\n    learn_from(lm, tokens)\n    lm.vocab_bias.data = kept\n"
+    b.edit_program(line, learns + line)
+
+
+def reports_late(b: Bench) -> None:
+    discarded_learner(b)
+    b.edit_program("    def nll(tokens: np.ndarray, mode: str) -> np.ndarray:\n",
+                   "    def nll(tokens: np.ndarray, mode: str, on_scored: Any) -> np.ndarray:\n")  # fmt: skip
+    b.edit_program('"""Nats of tokens[1:], float64 (n - 1)."""\n        return token_nll(\n',
+                   '"""Nats of tokens[1:], float64 (n - 1)."""\n        nats_n = token_nll(\n')  # fmt: skip
+    ends = "            ranks=ranks,\n        )[0]\n"
+    b.edit_program(
+        f'{ends}\n    return {{\n        "nll"',
+        f'{ends}        on_scored(0, len(nats_n))\n        return nats_n\n\n    return {{\n        "nll"',
+    )
+    b.edit_program('        "learns_while_scoring": False,\n', '        "learns_while_scoring": True,\n')
 
 
 def trains_first(b: Bench) -> None:
@@ -482,6 +597,18 @@ def document_lost(b: Bench) -> None:
     b.write_tokens("train", tokens[: np.flatnonzero(tokens == 1)[-1]])
 
 
+def called_fineweb(b: Bench) -> None:
+    """A validation of a few documents under the name of FineWeb's."""
+    path = b.data / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for split in ("train", "val"):
+        shard = b.shard(split)
+        name = f"fineweb_{split}_000000.bin"
+        shard.rename(shard.with_name(name))
+        manifest["splits"][split]["shards"][0]["file"] = name
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
 def no_first_bos(b: Bench) -> None:
     tokens = b.tokens("train")
     path = b.data / "manifest.json"
@@ -505,6 +632,11 @@ def other_tokenizer(b: Bench) -> None:
 def slow_training(b: Bench) -> None:
     b.edit_log(1, r"(trained \d+ steps in) [0-9.]+ s", r"\1 600.40 s", regex=True)
     b.of_seed(1, train_s=600.4)
+
+
+def slow_logged_evaluation(b: Bench) -> None:
+    b.edit_log(3, r"eval_time [0-9.]+ s", "eval_time 612.00 s", regex=True)
+    b.of_seed(3, eval_s=612.0)
 
 
 def learning_warmup(b: Bench) -> None:
@@ -592,17 +724,24 @@ BEHAVIOUR = ("staged", "score", "causality")
 WRONG_SCORE = ("score.rescored", "score.own")
 MUTANTS = (
     Mutant("one_byte_over", "bytes.counted", "comments fill the budget and one byte more", one_byte_over),
+    Mutant("packed_over", "bytes.counted", "packed; comments fill the budget and one byte more",
+           packed_over),
+    Mutant("second_weights", "bytes.counted", "a second file of weights, one byte too large", second_weights),
     Mutant("code_bytes_off", "bytes.claimed", "bytes_code is one less", lambda b: b.top(bytes_code=lambda v: v - 1)),
     Mutant("total_bytes_off", "bytes.claimed", "bytes_total is 100 less",
            lambda b: b.top(bytes_total=lambda v: v - 100)),
     Mutant("artifact_bytes_off", "bytes.claimed", "one seed's artifact is claimed 10 bytes smaller",
            lambda b: b.of_seed(2, artifact_bytes=lambda v: v - 10)),
     Mutant("helper_module", "bytes.siblings", "the program imports a module beside it", helper_module),
+    Mutant("import_by_name", "bytes.siblings", "a function imports a module beside the program by its name",
+           import_by_name),
     Mutant("exec_of_sibling", "bytes.siblings", "the program executes a file beside it", exec_of_sibling),
     Mutant("blob", "bytes.blobs", "a binary file without a declared kind", blob),
     Mutant("binary_as_text", "bytes.blobs", "a binary file called notes.txt", binary_as_text),
     Mutant("damaged_pack", "staged.compiled", "a packed program with five characters missing",
-           lambda b: repack(b, True), ("evidence.code", "staged.smoke"), ("staged",)),
+           lambda b: pack(b, damage), ("evidence.code", "staged.smoke"), ("staged",)),
+    Mutant("obscured", "staged.compiled", "the program is behind a cipher that only running it undoes", obscured,
+           runs=("staged",)),
     Mutant("undeclared_package", "staged.imports", "a function imports a package that nobody names", undeclared_package,
            runs=("staged",)),
     Mutant("requirement_gone", "staged.imports", "requirements.txt lacks a package that is imported", requirement_gone,
@@ -612,6 +751,8 @@ MUTANTS = (
            asks_network, runs=("staged",)),
     Mutant("writes_source", "staged.readonly", "scoring leaves a file beside the program", writes_source,
            runs=("staged",)),
+    Mutant("unpacks_beside", "staged.readonly", "packed; the program is unpacked beside itself", unpacks_beside,
+           ("staged.outside",), ("staged",)),
     Mutant("reads_outside", "staged.outside", "scoring reads a file from elsewhere", reads_outside, runs=("staged",)),
     Mutant("reads_training_shard", "staged.training_data", "scoring reads a training shard, its name put together",
            reads_training_shard, runs=("staged",)),
@@ -621,20 +762,24 @@ MUTANTS = (
            runs=("score",)),
     Mutant("wrong_byte_table", "score.bytes", "tokens above 300 count a byte too much", wrong_byte_table, WRONG_SCORE,
            ("score",)),
+    Mutant("bytes_misstated", "score.bytes", "--score prints 100 bytes more than it divides by", bytes_misstated,
+           runs=("score",)),
     Mutant("claimed_bytes", "score.bytes", "100 bytes more are claimed, with bpb, JSON and logs to match",
            claimed_bytes, ("score.rescored",), ("score",)),
     Mutant("capped_validation", "score.coverage", "--score stops after 512 tokens", capped_validation,
            (*WRONG_SCORE, "score.bytes"), ("score",)),
     Mutant("claimed_tokens", "score.coverage", "one token less is claimed than validation has",
            lambda b: b.of_seed(None, val_tokens=lambda v: v - 1), ("score.invariant", "score.rescored"), ("score",)),
-    Mutant("off_by_one_window", "score.coverage", "the last token of every window is never scored", off_by_one_window,
-           ("score.rescored",), ("score",)),
-    Mutant("last_window_dropped", "score.coverage", "the last window is never scored", off_by_one_last_window,
-           ("score.rescored",), ("score",)),
+    Mutant("off_by_one_window", "score.coverage", "the last token of every window is never scored; claims follow",
+           off_by_one_window, runs=("score",)),
+    Mutant("last_window_dropped", "score.coverage", "the last window is never scored; claims follow",
+           off_by_one_last_window, runs=("score",)),
     Mutant("bpb_by_a_hair", "score.invariant", "bpb is rounded down within the four decimals of the log", bpb_by_a_hair,
            runs=("score",)),
     Mutant("peeking_model", "causality.future", "a hundredth of the embedding two tokens ahead is added", peeking_model,
            ("causality.isolated", "causality.normalised"), ("causality",)),
+    Mutant("packed_peek", "causality.future", "packed; a hundredth of the embedding two tokens ahead is added",
+           packed(peeking_model), ("causality.isolated", "causality.normalised"), ("causality",)),
     Mutant("target_in_input", "causality.normalised", "a hundredth of the target's own embedding is added",
            target_in_input, runs=("causality",)),
     Mutant("window_statistics", "causality.future", "the mean embedding of the window is taken off", window_statistics,
@@ -645,6 +790,12 @@ MUTANTS = (
            better_of_two, runs=("causality",)),
     Mutant("leaking_state", "causality.isolated", "the scan's state survives the end of a document", leaking_state,
            ("causality.normalised",), ("causality",)),
+    Mutant("shift_over_documents", "causality.isolated", "a hundredth of the embedding 16 tokens before is added, over "
+           "the ends of documents", shift_over_documents, runs=("causality",)),
+    Mutant("undeclared_learner", "causality.score_first", "an optimizer steps after scoring, for nothing",
+           discarded_learner, runs=("causality",)),
+    Mutant("reports_late", "causality.score_first", "learning is declared, but tokens are reported after the step",
+           reports_late, runs=("causality",)),
     Mutant("trains_first", "causality.score_first", "an optimizer learns from the stream before it is scored",
            trains_first, ("causality.future", "causality.isolated", "causality.normalised", "causality.once"),
            ("causality",)),
@@ -655,6 +806,8 @@ MUTANTS = (
     Mutant("empty_shard", "lineage.shards", "a shard of no bytes", empty_shard),
     Mutant("token_too_large", "lineage.shards", "a token outside the vocabulary", token_too_large),
     Mutant("document_lost", "lineage.documents", "the last training document is missing", document_lost),
+    Mutant("called_fineweb", "lineage.documents", "a validation called FineWeb's without its 50,000 documents",
+           called_fineweb),
     Mutant("no_first_bos", "lineage.documents", "a split does not begin with BOS", no_first_bos),
     Mutant("changed_shard", "lineage.manifest", "one training token is not what the manifest's hash says",
            changed_shard),
@@ -664,11 +817,18 @@ MUTANTS = (
     Mutant("slow_training", "time.train", "600.4 s of training, in log and JSON", slow_training),
     Mutant("claimed_seconds", "time.claimed", "a tenth of a second less is claimed than logged",
            lambda b: b.of_seed(2, train_s=lambda v: v - 0.1)),
+    Mutant("claimed_evaluation", "time.claimed", "less evaluation is claimed than logged",
+           lambda b: b.of_seed(3, eval_s=lambda v: v - 0.02)),
     Mutant("slow_evaluation", "time.evaluate", "612 s of evaluation", lambda b: b.of_seed(3, eval_s=612.0)),
+    Mutant("slow_logged_evaluation", "time.evaluate", "612 s of evaluation, in log and JSON", slow_logged_evaluation),
     Mutant("learning_warmup", "time.outside", "what the warmup steps learn is kept", learning_warmup),
     Mutant("calibration_after_clock", "time.outside", "calibration goes on after 595 s of training",
            calibration_after_clock),
     Mutant("code_changed_later", "evidence.code", "a constant changes after the runs", code_changed_later),
+    Mutant("packed_later_code", "evidence.code", "packed; a constant changes after the runs",
+           packed(code_changed_later)),
+    Mutant("packed_edited_log", "evidence.code", "packed; a constant in one log's source",
+           packed(source_in_log_edited)),
     Mutant("source_in_log_edited", "evidence.code", "a constant in one log's source", source_in_log_edited),
     Mutant("other_options", "evidence.config", "all logs are of another learning rate than the program's",
            lambda b: b.edit_log(None, '"matrix_lr": 0.02', '"matrix_lr": 0.03')),
@@ -690,6 +850,8 @@ MUTANTS = (
     Mutant("no_gain", "evidence.significance", "the gain over the record is 0.004 nats", no_gain),
     Mutant("torch_load", "lint.loading", "torch.load without weights_only",
            add_function("def old_weights(path: str) -> Any:\n    return torch.load(path)")),
+    Mutant("packed_torch_load", "lint.loading", "packed; torch.load without weights_only",
+           packed(add_function("def old_weights(path: str) -> Any:\n    return torch.load(path)"))),
     Mutant("numpy_pickle", "lint.loading", "np.load with allow_pickle",
            add_function("def old_table(path: str) -> Any:\n    return np.load(path, allow_pickle=True)")),
     Mutant("downloads", "lint.network", "a function downloads from a hub",
@@ -701,6 +863,8 @@ MUTANTS = (
            late_temperature),
     Mutant("starts_compiler", "lint.binaries", "a function starts a compiler",
            add_function('def build() -> None:\n    subprocess.run(["g++", "kernel.cpp"], check=True)')),
+    Mutant("starts_anew", "lint.binaries", "a function replaces the process by another program",
+           add_function('def again() -> None:\n    os.execv(sys.executable, [sys.executable, "-c", "pass"])')),
     Mutant("native_library", "lint.binaries", "a function loads native code",
            add_function('def native() -> Any:\n    import ctypes\n\n    return ctypes.CDLL("kernel.so")')),
 )  # fmt: skip
@@ -758,6 +922,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Plant faults in a good submission and see the referee find them.")
     parser.add_argument("--names", nargs="*", default=[], help="only these mutants; writes no table")
     parser.add_argument("--work", type=Path, default=None, help="keep the submission and the outcomes here, and go on")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tried at a time, each on one thread")
     arguments = parser.parse_args(argv)
     chosen = [m for m in MUTANTS if not arguments.names or m.name in arguments.names]
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
@@ -770,21 +935,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         if record.exists():
             known = dict(json.loads(line) for line in record.read_text(encoding="utf-8").splitlines())
 
+        writes = threading.Lock()
+
         def outcome(name: str, tries: Callable[[], Sequence[str]]) -> tuple[str, ...]:
             if name not in known:
-                known[name] = list(tries())
-                with open(record, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([name, known[name]]) + "\n")
+                found = list(tries())
+                with writes, open(record, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([name, found]) + "\n")
+                known[name] = found
             return tuple(known[name])
 
-        alarms = outcome("", lambda: [f"{name}: {found}" for name, found in examine(bench).items()])
-        print(f"the good submission: {alarms or 'no alarm'}", flush=True)
-        outcomes = []
-        for mutant in chosen:
-            failed = outcome(mutant.name, lambda mutant=mutant: try_mutant(bench, mutant, Path(temporary)).failed)
-            outcomes.append(Outcome(mutant, failed))
-            state = "killed" if outcomes[-1].killed else "SURVIVES"
-            print(f"{state:8} {mutant.name} by {mutant.check}; failed: {', '.join(failed)}", flush=True)
+        def judge(mutant: Mutant) -> Outcome:
+            return Outcome(mutant, outcome(mutant.name, lambda: try_mutant(bench, mutant, Path(temporary)).failed))
+
+        alarms: list[str] = []
+        for form in ("plain", "packed"):
+            found = outcome(form, lambda form=form: alarms_of(bench, form, Path(temporary)))
+            print(f"the good submission, {form}: {list(found) or 'no alarm'}", flush=True)
+            alarms += found
+        outcomes: list[Outcome] = []
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+            for one in pool.map(judge, chosen):
+                outcomes.append(one)
+                state = "killed" if one.killed else "SURVIVES"
+                print(f"{state:8} {one.mutant.name} by {one.mutant.check}; failed: {', '.join(one.failed)}", flush=True)
     if not arguments.names:
         text = put_between(TABLE.read_text(encoding="utf-8"), "mutants", mutant_table(outcomes))
         write_atomically(TABLE, put_between(text, "checks", check_table()).encode())

@@ -2598,7 +2598,7 @@ class Run:
         folder.text(format_size_table(report, code_bytes, config.budget_bytes or None))
         folder.text(
             f"{folder.artifact}: val_bpb {summary['val_bpb']:.4f} ({summary['eval_mode']}, read back from disk), "
-            f"float {floating.bpb:.4f}, {total_bytes:,} bytes of code and weights"
+            f"float {floating.bpb:.4f}, {total_bytes:,} bytes of code and weights, eval_time {summary['eval_s']:.2f} s"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from referee.case import CHECKS
-from scripts.verifier_mutants import MUTANTS, STATIC, TABLE, check_table, examine, put_between, try_mutant
+from scripts.verifier_mutants import MUTANTS, STATIC, TABLE, alarms_of, check_table, put_between, try_mutant
 
 # One static mutant a check is tried in the fast tests, the others in the slow ones.
 FAST = {mutant.check: mutant.name for mutant in reversed(MUTANTS) if not mutant.runs}.values()
@@ -19,8 +19,13 @@ def test_every_check_has_a_mutant_and_there_are_at_least_forty():
     assert all(set(mutant.also) <= known for mutant in MUTANTS)
 
 
-def test_good_submission_raises_no_alarm(bench):
-    assert examine(bench, STATIC) == {}
+def test_every_check_has_a_mutant_that_it_alone_catches():
+    assert {mutant.check for mutant in MUTANTS if not mutant.also} == {check.name for check in CHECKS}
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_good_submission_raises_no_alarm(form, bench, tmp_path):
+    assert alarms_of(bench, form, tmp_path, STATIC) == []
 
 
 def held(bench, mutant, tmp_path):
@@ -42,8 +47,9 @@ def test_other_mutant_is_killed(mutant, bench, tmp_path):
 
 
 @pytest.mark.slow
-def test_good_submission_raises_no_alarm_when_run(bench):
-    assert examine(bench) == {}
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_good_submission_raises_no_alarm_when_run(form, bench, tmp_path):
+    assert alarms_of(bench, form, tmp_path) == []
 
 
 def test_document_lists_the_checks_and_mutants_as_they_are():

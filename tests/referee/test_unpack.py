@@ -13,6 +13,7 @@ import zstandard
 
 from referee import unpack as module
 from referee.unpack import unpack
+from scripts.pack import pack_source, strip_source
 
 PROGRAM = 'import os\nos.environ["PACKED_PROGRAM_RAN"] = "1"\n' + "value = 1  # padding\n" * 10
 DATA = PROGRAM.encode()
@@ -38,6 +39,10 @@ WRAPPERS = {
     "written to a file": f"import zlib, runpy, pathlib\ntext = zlib.decompress({zlib.compress(DATA)!r})\n"
     "pathlib.Path('full.py').write_bytes(text)\nrunpy.run_path('full.py')",
     "plain text": f"exec({PROGRAM!r})",
+    "step by step": f"import base64, lzma\nS={b85(lzma.compress(DATA))}\nS=base64.b85decode(S)\nS=lzma.decompress(S)\n"
+    "exec(S)",
+    "a real file meanwhile": f"import lzma,tempfile\ns=lzma.decompress({lzma.compress(DATA)!r},lzma.FORMAT_AUTO,None)\n"
+    "f=tempfile.mkdtemp()+'/full.py'\nopen(f,'wb').write(s)\nexec(compile(s,f,'exec'))",
 }
 
 
@@ -58,6 +63,19 @@ def test_program_packed_twice_is_opened_twice():
     assert [layer.text for layer in unpack(outer.encode(), "a.py").layers] == [outer, inner, PROGRAM]
 
 
+def test_our_packed_form_is_opened():
+    packed = pack_source(PROGRAM)
+    found = unpack(packed.encode(), "train_gpt.py")
+    assert [layer.text for layer in found.layers] == [packed, strip_source(PROGRAM)]
+    assert found.closed == found.unparsed == ()
+
+
+def test_what_a_name_stands_for_is_what_it_stands_for_when_it_runs():
+    hidden = PROGRAM.replace("value", "hidden")
+    text = f"S={hidden!r}\nexec(S)\nS={PROGRAM!r}\n"
+    assert [layer.text for layer in unpack(text.encode(), "a.py").layers] == [text, hidden]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -65,6 +83,9 @@ def test_program_packed_twice_is_opened_twice():
         ("import lzma\nexec(lzma.decompress(b'not lzma'))" + " " * 80, "lzma.decompress fails"),
         ("import base64\nexec(base64.b64decode('AAAA'))" + " " * 80, "no program text"),
         ("exec(input())" + " " * 80, "calls input"),
+        (f"S='x=1'\ndef run():\n    exec(S)\nrun()\nS={PROGRAM!r}", "S is assigned more than once"),
+        (f"S={PROGRAM!r}\ndef f():\n    global S\n    S='x=1'\nf()\nexec(S)", "S is also assigned inside"),
+        ("exec(T)" + " " * 80, "T is no constant"),
     ],
 )
 def test_what_stays_closed_is_named(text, reason):

@@ -314,8 +314,9 @@ print(json.dumps({name: float(value) for name, value in losses.items()}))
 @pytest.mark.slow
 def test_kernels_run_out_of_the_bundle(real_bundle, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
-    path = tmp_path / "train_gpt.py"
-    path.write_text(real_bundle.source, encoding="utf-8")
+    plain, packed = tmp_path / "plain.py", tmp_path / "packed.py"
+    for path, form in ((plain, "plain"), (packed, "packed")):
+        path.write_text(real_bundle.in_form(form).counted, encoding="utf-8")
     config = {
         "tokenizer": "byte", "vocab_size": 256, "model_dim": 16, "num_layers": 1, "d_state": 16, "headdim": 16,
         "embed_dim": 16, "chunk_size": 16, "mlp_mult": 1, "train_seq_len": 16, "train_batch_tokens": 32,
@@ -323,10 +324,10 @@ def test_kernels_run_out_of_the_bundle(real_bundle, tmp_path):
         "sigreg_num_proj": 8,
     }  # fmt: skip
     found = []
-    for file in (path, ROOT / ENTRY):
+    for file in (plain, packed, ROOT / ENTRY):
         done = subprocess.run(
             [sys.executable, "-c", STEP, str(file), json.dumps(config)],
-            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": "" if file == path else str(ROOT)},
+            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT) if file == ROOT / ENTRY else ""},
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -334,7 +335,7 @@ def test_kernels_run_out_of_the_bundle(real_bundle, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert found[0]["loss"] > 0
 
 

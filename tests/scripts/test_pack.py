@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from scripts.pack import PACKED_NAME, pack_source, strip_source
+from scripts.pack import UNPACKED_NAME, pack_source, strip_source
 
 PROGRAM = '''"""Docstring of the file."""
 
@@ -85,21 +86,63 @@ def test_a_docstring_beside_code_is_refused():
         strip_source("def f(): 'doc'\n")
 
 
-def run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
+def start(path: Path, *arguments: str, temporary: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(path), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def test_the_packed_file_runs_as_a_real_file_with_its_arguments_and_status(tmp_path):
-    plain, packed = tmp_path / "plain.py", tmp_path / "train_gpt.py"
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """The packed program, alone in a folder; its temporary files go to `tmp` beside the folder."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "alone").mkdir()
+    path = tmp_path / "alone" / "train_gpt.py"
+    path.write_text(pack_source(PROGRAM), encoding="ascii")
+    return path
+
+
+def test_the_packed_file_is_the_program_in_its_own_place_with_arguments_and_status(packed, tmp_path):
+    plain = tmp_path / "plain.py"
     plain.write_text(PROGRAM, encoding="utf-8")
-    packed.write_text(pack_source(PROGRAM), encoding="ascii")
-    assert pack_source(PROGRAM) == pack_source(PROGRAM)
-    (tmp_path / PACKED_NAME).write_text("raise SystemExit('an old file')", encoding="utf-8")
-    expected, done = run(plain, "a", "b c"), run(packed, "a", "b c")
-    assert done.returncode == expected.returncode == 7
-    assert done.stderr == ""
-    assert done.stdout.splitlines()[:3] == expected.stdout.splitlines()[:3]
-    assert "def method(self):" in done.stdout  # inspect has found the source
-    assert done.stdout.splitlines()[-1] == str(tmp_path / PACKED_NAME)
-    assert (tmp_path / PACKED_NAME).read_text(encoding="utf-8") == strip_source(PROGRAM)
-    assert {path.name for path in tmp_path.iterdir()} == {"plain.py", "train_gpt.py", PACKED_NAME}
+    assert pack_source(PROGRAM) == packed.read_text(encoding="ascii")
+    ranks = [start(path, "a", "b c", temporary=tmp_path / "tmp") for path in (plain, packed, packed, packed, packed)]
+    outs = [(*rank.communicate(), rank.returncode) for rank in ranks]  # ranks of one machine, at once
+    (expected, _, _), *others = outs
+    for out, err, status in others:
+        assert (err, status) == ("", 7)
+        assert out.splitlines()[:3] == expected.splitlines()[:3]
+        assert "def method(self):" in out  # inspect has found the source
+        assert out.splitlines()[-1] == str(packed)  # __file__: what counts, and what a run logs
+    assert [path.name for path in packed.parent.iterdir()] == ["train_gpt.py"]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_the_source_lies_in_a_real_file_while_it_runs(packed, tmp_path):
+    packed.write_text(pack_source(PROGRAM.replace("    print(__file__)\n", "    input()\n")), encoding="ascii")
+    rank = start(packed, temporary=tmp_path / "tmp")
+    assert rank.stdout is not None
+    while "def method" not in rank.stdout.readline():
+        pass
+    (folder,) = (tmp_path / "tmp").iterdir()
+    text = (folder / UNPACKED_NAME).read_text(encoding="utf-8")
+    _, err = rank.communicate()  # closes its standard input: the program ends with an error
+    assert text == strip_source(PROGRAM.replace("    print(__file__)\n", "    input()\n"))
+    assert f'{UNPACKED_NAME}", line' in err
+    assert "    input()" in err  # a traceback shows the line
+
+
+def test_the_packed_file_can_be_imported(packed, tmp_path):
+    code = f"""import importlib.util, inspect, sys
+spec = importlib.util.spec_from_file_location("packed", {str(packed)!r})
+module = sys.modules["packed"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.Kept().method(), inspect.getsource(module.main))
+"""
+    script = tmp_path / "imports.py"
+    script.write_text(code, encoding="utf-8")
+    out, err = start(script, temporary=tmp_path / "tmp").communicate()
+    assert err == ""
+    assert "'# kept' # kept def main():" in out
