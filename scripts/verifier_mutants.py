@@ -372,8 +372,8 @@ def requirement_gone(b: Bench) -> None:
 
 
 def crash_in_training(b: Bench) -> None:
-    b.edit_program("        c = self.config\n        losses = self.gradients(batch, at)\n",
-                   "        c = self.config\n        losses = self.gradients(batch, None)\n")  # fmt: skip
+    b.edit_program("        losses = self.gradients(plan, x_BT, ",
+                   "        losses = self.gradients(None, x_BT, ")  # fmt: skip
 
 
 AT_SCORING = "    started_s = time.perf_counter()\n    given = command.config\n"
