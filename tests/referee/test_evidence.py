@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import zlib
 
 import pytest
 
 from common.errors import DataError
 from referee.case import Case, verify
-from referee.evidence import Runs, check_significance, decimals, runs_of, states, student_tail, welch
+from referee.evidence import Runs, check_code, check_significance, decimals, runs_of, states, student_tail, welch
 from referee.folder import read_submission
 from referee.model import Row, Verdict
 from scripts import verify_submission
+from scripts.pack import pack_source, strip_source
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 4.0, 25.0])
@@ -129,3 +132,36 @@ def test_command_line_refuses_what_is_no_folder(tmp_path, capsys):
     assert "is no folder" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"model\.artifact"):
         read_submission(tmp_path, runs=[tmp_path])
+
+
+DOCUMENTED = '"""The program."""\n\nimport os\n\n\ndef step(x):\n    """Doc."""\n    return x + 1\n\n\n' + (
+    'def only():\n    """Nothing else."""\n\n\nclass Known(Exception):\n    """Doc."""\n\n\nRATE = 0.5\n'
+)
+REPACKED = base64.b64encode(zlib.compress(strip_source(DOCUMENTED).encode())).decode()
+FORMS = {
+    "plain": DOCUMENTED,
+    "packed": pack_source(DOCUMENTED),
+    "other packer": f"import zlib,base64\nexec(zlib.decompress(base64.b64decode('{REPACKED}')))\n",
+}
+
+
+@pytest.mark.parametrize("logged", FORMS)
+@pytest.mark.parametrize("shipped", FORMS)
+@pytest.mark.parametrize("change", [("", ""), ("x + 1", "x + 2")], ids=["same", "changed"])
+def test_program_and_log_agree_whatever_form_each_is_in(shipped, logged, change, tmp_path):
+    source = FORMS[logged] if not change[0] else pack_source(DOCUMENTED.replace(*change))
+    text = f"{'=' * 40} train_gpt.py\n{source}\n" + '{"python": "3.12"}\ntrained 3 steps in 1.00 s\n'
+    (tmp_path / "train_gpt.py").write_text(FORMS[shipped], encoding="utf-8")
+    (tmp_path / "train.log").write_text(text, encoding="utf-8")
+    (finding,) = check_code(read_submission(tmp_path))
+    assert finding.verdict == (Verdict.FAILED if change[0] else Verdict.PASSED), finding.found
+    if change[0]:
+        assert "`step`" in finding.found
+
+
+def test_evaluation_seconds_may_not_be_claimed_shorter_than_logged(tmp_path):
+    text = "  seed: 1\nfinal val_loss:2.8 val_bpb:1.1 eval_time:2000ms\ncompile time: 90 s\n"
+    for claimed, verdict in ((2.0, Verdict.PASSED), (2.5, Verdict.PASSED), (1.9, Verdict.FAILED)):
+        record = {"name": "x", "seed_results": {"1": {"eval_s": claimed}}}
+        path = folder(tmp_path, record, {"train_seed1.log": text})
+        assert rows(path, ("time",))["time.claimed"].verdict == verdict

@@ -11,7 +11,7 @@ from referee.case import Case, verify
 from referee.folder import read_submission
 from referee.lint import declares, required_names
 from referee.model import Row, Verdict
-from referee.weigh import siblings_used
+from referee.weigh import siblings_used, weight_bytes
 
 PROGRAM = "import torch\n\n\ndef train(loss):\n    loss.backward()\n" + "# padding\n" * 10
 
@@ -59,6 +59,9 @@ def test_seeds_may_be_a_list_with_results_or_a_map(tmp_path):
         ("from pack.deep import f\n" + PROGRAM, {"pack/deep.py": "f = 1"}, ["pack/deep.py"]),
         ("def f():\n    import helper\n" + PROGRAM, {"helper.py": "import second", "second.py": "x = 1"},
          ["helper.py", "second.py"]),
+        ("x = __import__('helper')\n" + PROGRAM, {"helper.py": "x = 1"}, ["helper.py"]),
+        ("import importlib\nx = importlib.import_module('pack.deep')\n" + PROGRAM, {"pack/deep.py": "f = 1"},
+         ["pack/deep.py"]),
         ("text = open('notes.md').read()\n" + PROGRAM, {"notes.md": "x"}, ["notes.md"]),
         ("KERNEL = HERE / 'csrc' / 'k.cu'\n" + PROGRAM, {"csrc/k.cu": "x"}, ["csrc/k.cu"]),
         ("'''Reads k.cu and writes notes.md.'''\n" + PROGRAM, {"k.cu": "x", "notes.md": "x"}, []),
@@ -78,6 +81,32 @@ def test_weights_are_those_of_the_seed_or_else_of_the_log(tmp_path):
     (tmp_path / "final_seed7.ptz").unlink()
     (tmp_path / "final_seed8.ptz").unlink()
     assert rows(write(tmp_path, {"train.log": log}), "bytes")["bytes.counted"].verdict == Verdict.FAILED
+
+
+def test_weights_beside_the_runs_own_go_with_every_run(tmp_path):
+    files = {"train_gpt.py": PROGRAM, "final_seed7.ptz": bytes(1000), "final_seed8.ptz": bytes(3000)}
+    write(tmp_path, files | {"table.npz": bytes(500), "other.pt": bytes(70)})
+    (counted,) = rows(tmp_path, "bytes")["bytes.counted"].findings
+    assert f"{len(PROGRAM) + 3570:,} of" in counted.found
+    assert "table.npz" in counted.found
+    elsewhere = write(tmp_path / "elsewhere", {"a.artifact": bytes(9000), "b.artifact": bytes(8000)})
+    given = read_submission(tmp_path, weights=[elsewhere / "a.artifact", elsewhere / "b.artifact"])
+    assert weight_bytes(given) == (9000, str(elsewhere / "a.artifact"))
+
+
+@pytest.mark.parametrize(
+    ("statement", "program"),
+    [
+        ("os.execv(sys.executable, [sys.executable])", "a program whose name is computed"),
+        ("os.posix_spawn('/bin/tool', [], {})", "tool"),
+        ("os.spawnv(os.P_WAIT, '/bin/tool', [])", "tool"),
+        ("subprocess.getoutput('tool --all')", "tool"),
+    ],
+)
+def test_programs_started_are_named(statement, program, tmp_path):
+    write(tmp_path, {"train_gpt.py": f"import os, subprocess, sys\n{statement}\n" + PROGRAM})
+    (finding,) = rows(tmp_path, "lint")["lint.binaries"].findings
+    assert finding.found == f"starts {program}"
 
 
 def test_a_track_decides_what_is_asked(tmp_path):

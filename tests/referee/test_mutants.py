@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from referee.case import CHECKS
+from scripts import verifier_mutants
 from scripts.verifier_mutants import MUTANTS, STATIC, TABLE, alarms_of, check_table, put_between, try_mutant
 
 # One static mutant a check is tried in the fast tests, the others in the slow ones.
@@ -21,6 +24,15 @@ def test_every_check_has_a_mutant_and_there_are_at_least_forty():
 
 def test_every_check_has_a_mutant_that_it_alone_catches():
     assert {mutant.check for mutant in MUTANTS if not mutant.also} == {check.name for check in CHECKS}
+
+
+def test_every_fault_can_be_planted(bench, tmp_path, monkeypatch):
+    """The text that a mutant replaces is there: the slow tests are not the first to see an edit of the entry."""
+    monkeypatch.setattr(verifier_mutants, "claims_follow", lambda b: None)  # runs the program
+    for mutant in MUTANTS:
+        copy = bench.copy(tmp_path / mutant.name)
+        mutant.plant(copy)
+        shutil.rmtree(copy.root)
 
 
 @pytest.mark.parametrize("form", ["plain", "packed"])
