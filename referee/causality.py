@@ -169,7 +169,7 @@ def judge_future(probes: list[Probe], answers: list[np.ndarray]) -> list[Finding
         if change is not None:
             found = f"changing token {probe.place} changes the score of token {change + 1}"
             difference = float(abs(nats_N[change] - before_N[change]))
-            findings.append(failed(f"{found} by {difference:.3g} nats", f"mode {probe.mode}", mend))
+            findings.append(failed(f"{found} by {difference:.3g} nats", f"referee_hook, mode {probe.mode}", mend))
         moved = moved or first_change(before_N[kept:], nats_N[kept:]) is not None
     if compared and not moved:
         findings.append(failed("no score depends on any token", "referee_hook", "score the tokens that are given"))
@@ -219,7 +219,7 @@ def judge_isolation(facts: dict[str, Any], probes: list[Probe], answers: list[np
         mend = "reset state, convolution inputs and attention at every document, or do not claim isolation"
         moved = sum(not move <= ISOLATION_TOLERANCE_NATS for move in moves)
         found = f"another text of the document before moves scores of {moved} of {len(moves)} documents"
-        return [failed(f"{found}, by up to {most:.3g} nats", f"mode {probe.mode}", mend)]
+        return [failed(f"{found}, by up to {most:.3g} nats", f"referee_hook, mode {probe.mode}", mend)]
     return [not_checkable("no pair of documents was scored in time")]
 
 
@@ -239,14 +239,18 @@ def judge_order(facts: dict[str, Any], probes: list[Probe], events: list[list[li
             if event[0] == "scored":
                 if event[1] != scored:
                     found = f"tokens {event[1]} to {event[2]} reported as scored after {scored}"
-                    findings.append(failed(found, f"probe {probe.kind}", mend))
+                    findings.append(failed(found, f"referee_hook, probe {probe.kind}", mend))
                 scored, fresh = event[2], True
             elif not fresh:
                 findings.append(
-                    failed(f"a step before any token was scored (at {scored})", f"probe {probe.kind}", mend)
+                    failed(
+                        f"a step before any token was scored (at {scored})", f"referee_hook, probe {probe.kind}", mend
+                    )
                 )
         if scored != targets and not findings:
-            findings.append(failed(f"{scored} of {targets} tokens reported as scored", f"probe {probe.kind}", mend))
+            findings.append(
+                failed(f"{scored} of {targets} tokens reported as scored", f"referee_hook, probe {probe.kind}", mend)
+            )
         if findings:
             break
     return findings or [passed(f"{steps} optimizer steps, each after the tokens that it learns from were scored once")]
@@ -261,7 +265,7 @@ def judge_repeat(probes: list[Probe], answers: list[np.ndarray]) -> list[Finding
             gain = float((answers[probe.of] - nats_N).sum())
             mend = "forget everything between two calls: one pass, each token once"
             found = f"scored again, a stream costs {gain:+.4g} nats less; token {change + 1} is the first to differ"
-            return [failed(found, f"mode {probe.mode}", mend)]
+            return [failed(found, f"referee_hook, mode {probe.mode}", mend)]
     return [not_checkable("the stream was not scored twice in time")]
 
 

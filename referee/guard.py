@@ -19,12 +19,22 @@ SOCKET_EVENTS = (
 )  # fmt: skip
 
 
-def install_guard(report: str, quiet: list[str]) -> None:
-    """Write one JSON line per event to `report`; opens of files under the `quiet` prefixes are not worth one."""
+def install_guard(report: str, packages: list[str], quiet: list[str]) -> None:
+    """Write one JSON line per event to `report`.
+
+    Opens of files under the prefixes `packages` and `quiet` are not worth one. An event's place is the innermost line
+    of code outside of `packages`.
+    """
     descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    prefixes = tuple(prefix.rstrip("/") + "/" for prefix in quiet)
+    libraries = ("<", *(prefix.rstrip("/") + "/" for prefix in packages))
+    prefixes = (*libraries[1:], *(prefix.rstrip("/") + "/" for prefix in quiet))
 
     def say(**event: object) -> None:
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code.co_filename.startswith(libraries):
+            frame = frame.f_back
+        if frame is not None:
+            event["place"] = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
         os.write(descriptor, (json.dumps(event) + "\n").encode())
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

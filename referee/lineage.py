@@ -61,7 +61,7 @@ def check_documents(case: Any) -> list[Finding]:
             found = f"the split {name} has {count:,} documents, {' and '.join(wrong)}"
             findings.append(failed(found, where, "use the whole split, as it was made"))
         elif first == data.bos_id:
-            said = f", as {' and '.join(expected)} say" if expected else ""
+            said = f", the number of {' and of '.join(expected)}" if expected else ""
             findings.append(passed(f"{name}: {count:,} documents{said}", where))
     return findings or [not_checkable("every split has a faulty shard; see lineage.shards")]
 
@@ -86,7 +86,7 @@ def check_disjoint(case: Any) -> list[Finding]:
     both = sorted((val[key], train[key]) for key in val.keys() & train.keys())
     if both:
         found = f"{len(both)} documents are in both splits; validation's number {both[0][0]} is training's {both[0][1]}"
-        return [failed(found, str(data.root), "take validation documents out of training and train again")]
+        return [failed(found, str(data.root), "take validation's documents out of training and train again")]
     return [passed(f"{len(val):,} validation documents, none among {len(train):,} of training")]
 
 
@@ -127,7 +127,7 @@ def check_claimed_data(case: Any) -> list[Finding]:
     for seed, one in claims.seeds.items() if claims else ():
         for name, right in own.items():
             if isinstance(one.get(name), str):
-                found = f"seed {seed}: {name} {one[name][:12]}..., here {right[:12]}..."
+                found = f"seed {seed}: {name} {one[name][:12]}... claimed, {right[:12]}... in {data.root.name}"
                 findings.append(passed(found) if one[name] == right else failed(found, claims.path, mend))
     return findings or [not_checkable("submission.json names neither val_sha256 nor tokenizer_sha256")]
 

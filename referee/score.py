@@ -217,10 +217,12 @@ def check_coverage(case: Any) -> list[Finding]:
             silent = np.flatnonzero(~(nats_N > 0.0) | ~np.isfinite(nats_N))
             if len(silent):
                 found = f"{len(silent):,} tokens have no score (0 nats or none), the first is {silent[0] + 1:,}"
-                findings.append(failed(found, f"mode {dialogue.mode}", mend))
+                findings.append(failed(found, f"referee_hook, mode {dialogue.mode}", mend))
             else:
                 findings.append(
-                    passed(f"each of {len(nats_N):,} tokens costs more than 0 nats", f"mode {dialogue.mode}")
+                    passed(
+                        f"each of {len(nats_N):,} tokens costs more than 0 nats", f"referee_hook, mode {dialogue.mode}"
+                    )
                 )
     full = {1024: 62_021_632, 8192: 40_540_160}.get(vocabulary_named(case.submission) or 0)
     for log in case.submission.logs:

@@ -102,11 +102,12 @@ class Stage:
         for name in ("source", "data", "smoke", "weights", "work", "home", "tmp", "guard"):
             (self.root / name).mkdir()
         here = Path(__file__).parent
-        quiet = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev"]
+        packages = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev"]
+        packages.append(str(self.root / "guard"))
+        quiet = [str(self.root / name) for name in ("tmp", "work", "home", "weights")]
         self.report = self.root / "guard" / "events.jsonl"
         guard = (here / "guard.py").read_text(encoding="utf-8")
-        quiet += [str(self.root / name) for name in ("guard", "tmp", "work", "home", "weights")]
-        call = f"\n\ninstall_guard({str(self.report)!r}, {quiet!r})\n"
+        call = f"\n\ninstall_guard({str(self.report)!r}, {packages!r}, {quiet!r})\n"
         (self.root / "guard" / "sitecustomize.py").write_text(guard + call, encoding="utf-8")
         shutil.copy(here / "driver.py", self.root / "guard" / "driver.py")
         skipped = {log.name for log in self.submission.logs}

@@ -21,6 +21,19 @@ def runs_of_case(case: Any) -> list[Ran]:
     return [ran for ran in runs if ran is not None]
 
 
+def place_of(ran: Ran, event: dict[str, Any]) -> str:
+    """Where an event comes from: the program's line, and in which of the referee's runs."""
+    runs = {"smoke": "two training steps", "score": "--score", "hook": "referee_hook"}
+    return f"{event.get('place', 'no line of the program')}, in {runs[ran.what]}"
+
+
+def place_of_error(ran: Ran, entry: str) -> str:
+    """The innermost line of the program in the traceback that a process ended with."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', ran.stderr)
+    own = [f"{Path(file).name}:{line}" for file, line in lines if file.startswith(ran.stage)]
+    return own[-1] if own else entry
+
+
 def check_smoke(case: Any) -> list[Finding]:
     ran: Ran | None = case.observed.smoke
     if ran is None:
@@ -38,7 +51,8 @@ def check_smoke(case: Any) -> list[Finding]:
     if any(event["event"] == "socket" for event in ran.events):
         return [not_checkable("it asked for the network, was refused and ended; see staged.network")]
     mend = "run it in an empty folder with only its requirements installed"
-    return [failed(f"ended with status {ran.status}: {ran.complaint}", case.submission.entry or "", mend)]
+    where = place_of_error(ran, case.submission.entry or "")
+    return [failed(f"ended with status {ran.status}: {ran.complaint}", where, mend)]
 
 
 def check_network(case: Any) -> list[Finding]:
@@ -46,7 +60,7 @@ def check_network(case: Any) -> list[Finding]:
     if not runs:
         return [not_checkable("nothing was run")]
     findings = [
-        failed(f"{event['what']} {event['address']}", f"{ran.what} run", "bring everything before the run")
+        failed(f"{event['what']} of {event['address']}", place_of(ran, event), "bring everything before the run")
         for ran in runs
         for event in ran.events
         if event["event"] == "socket"
@@ -62,9 +76,10 @@ def check_readonly(case: Any) -> list[Finding]:
     findings: list[Finding] = []
     for ran in runs:
         source = str(Path(ran.stage) / "source") + "/"
-        tried = {e["path"].removeprefix(source) for e in ran.events if e.get("write") and e["path"].startswith(source)}
-        if written := sorted({*ran.changed, *tried}):
-            findings.append(failed(f"wrote {', '.join(written[:5])} into the source tree", f"{ran.what} run", mend))
+        tried = [e for e in ran.events if e.get("write") and e["path"].startswith(source)]
+        if written := sorted({*ran.changed, *(e["path"].removeprefix(source) for e in tried)}):
+            where = place_of(ran, tried[0] if tried else {})
+            findings.append(failed(f"wrote {', '.join(written[:5])} into the source tree", where, mend))
     return findings or [passed(f"{len(runs)} runs left every file of the source tree as it was")]
 
 
@@ -88,7 +103,7 @@ def check_outside(case: Any) -> list[Finding]:
                 name = words[0].split("/")[-1] if words else "?"
                 if name not in HARMLESS_PROGRAMS and name not in seen:
                     seen.add(name)
-                    findings.append(failed(f"started {name}", f"{ran.what} run", mend))
+                    findings.append(failed(f"started {name}", place_of(ran, event), mend))
                 continue
             if event["event"] not in ("open", "library") or path.startswith(allowed) or path in seen:
                 continue
@@ -101,7 +116,7 @@ def check_outside(case: Any) -> list[Finding]:
             seen.add(path)
             shown = path.removeprefix(source) if path.startswith(source) else path
             verb = "wrote" if event.get("write") else "read"
-            findings.append(failed(f"{verb} {shown}", f"{ran.what} run", mend))
+            findings.append(failed(f"{verb} {shown}", place_of(ran, event), mend))
     return findings[:8] or [passed(f"{len(runs)} runs opened only the program, packages, data and weights")]
 
 
@@ -112,7 +127,7 @@ def check_training_data(case: Any) -> list[Finding]:
     if case.data is None or not case.data.train:
         return [not_checkable("no training shards were laid out that it could have read")]
     findings = [
-        failed(f"opened {Path(event['path']).name}", f"{ran.what} run", "evaluation reads validation data only")
+        failed(f"opened {Path(event['path']).name}", place_of(ran, event), "evaluation reads validation data only")
         for ran in runs
         for event in ran.events
         if event["event"] == "open" and "_train_" in Path(event["path"]).name

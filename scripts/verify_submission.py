@@ -68,9 +68,9 @@ def show(console: Console, rows: Sequence[Row], *, everything: bool) -> None:
     for row in rows:
         for f in row.findings:
             if f.verdict == Verdict.FAILED:
-                console.print(f"\n[bold red]{row.check.name}[/]: {row.check.rule}", highlight=False)
+                console.print(f"\n[bold red]{row.check.name}[/]: {row.check.rule}", highlight=False, soft_wrap=True)
                 for label, text in (("found", f.found), ("where", f.where), ("mend", f.mend)):
-                    console.print(f"  {label}: {text}", highlight=False, markup=False)
+                    console.print(f"  {label}: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
