@@ -30,7 +30,7 @@ def install_guard(report: str, packages: list[str], quiet: list[str]) -> None:
     prefixes = (*libraries[1:], *(prefix.rstrip("/") + "/" for prefix in quiet))
 
     def say(**event: object) -> None:
-        frame = sys._getframe(2)
+        frame = sys._getframe()  # of the guard's own, or of no line at all where the interpreter itself opens a file
         while frame is not None and frame.f_code.co_filename.startswith(libraries):
             frame = frame.f_back
         if frame is not None:
