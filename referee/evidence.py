@@ -19,6 +19,7 @@ from referee.model import (
     Check,
     Finding,
     failed,
+    many,
     not_checkable,
     passed,
 )  # fmt: skip
@@ -73,7 +74,7 @@ def check_papers(submission: Submission) -> list[Finding]:
     if lacking:
         mend = "fill them in (ours: make bundle ARGS='--author A --github_id G')"
         findings.append(failed(f"{', '.join(lacking)} not given", submission.claims.path, mend))
-    return findings or [passed(f"program, README.md, {len(submission.logs)} logs and submission.json are here")]
+    return findings or [passed(f"program, README.md, {many(len(submission.logs), 'log')} and submission.json are here")]
 
 
 @lru_cache(maxsize=128)
@@ -137,7 +138,7 @@ def check_code(submission: Submission) -> list[Finding]:
             if folder_statements is None:
                 folder_statements = statements(submission.layers[-1].text)
             if logged == folder_statements:
-                found = f"the log's {len(log.sources)} sources are this program, statement by statement"
+                found = f"the sources in the log ({len(log.sources)}) are this program, statement by statement"
                 findings.append(passed(found, log.name))
             else:
                 differing = sum(((logged - folder_statements) + (folder_statements - logged)).values())

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 from referee.folder import Submission
-from referee.model import Check, Finding, failed, not_checkable, passed
+from referee.model import Check, Finding, failed, many, not_checkable, passed
 from referee.unpack import Layer, dotted
 
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -121,7 +121,9 @@ def check_imports(submission: Submission) -> list[Finding]:
                 mend = "add it to requirements.txt with its version, or bring its code into the program"
                 found = f"imports {root}, which neither the challenge's image, requirements.txt nor README.md has"
                 findings.append(failed(found, at(layer, node), mend))
-    return findings or clean(submission, f"{len(seen)} packages, all in the challenge's image or in requirements.txt")
+    return findings or clean(
+        submission, f"{many(len(seen), 'package')}, all in the challenge's image or in requirements.txt"
+    )
 
 
 def check_loading(submission: Submission) -> list[Finding]:

@@ -18,6 +18,11 @@ RECORD_P = 0.01
 RECORD_SEEDS = 3
 
 
+def many(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
+
+
 class Verdict(enum.StrEnum):
     PASSED = "passed"
     FAILED = "failed"

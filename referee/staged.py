@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from referee.lint import HARMLESS_PROGRAMS, STAGED
-from referee.model import Check, Finding, failed, not_checkable, passed
+from referee.model import Check, Finding, failed, many, not_checkable, passed
 from referee.stage import Ran
 
 NEEDS_GPU = re.compile(r"cuda|nvidia|nccl|gpu|flash_attn|triton", re.IGNORECASE)
@@ -65,7 +65,7 @@ def check_network(case: Any) -> list[Finding]:
         for event in ran.events
         if event["event"] == "socket"
     ]
-    return findings[:5] or [passed(f"{len(runs)} runs asked for no network")]
+    return findings[:5] or [passed(f"{many(len(runs), 'run')} asked for no network")]
 
 
 def check_readonly(case: Any) -> list[Finding]:
@@ -80,7 +80,7 @@ def check_readonly(case: Any) -> list[Finding]:
         if written := sorted({*ran.changed, *(e["path"].removeprefix(source) for e in tried)}):
             where = place_of(ran, tried[0] if tried else {})
             findings.append(failed(f"wrote {', '.join(written[:5])} into the source tree", where, mend))
-    return findings or [passed(f"{len(runs)} runs left every file of the source tree as it was")]
+    return findings or [passed(f"{many(len(runs), 'run')} left every file of the source tree as it was")]
 
 
 def check_outside(case: Any) -> list[Finding]:
@@ -117,7 +117,7 @@ def check_outside(case: Any) -> list[Finding]:
             shown = path.removeprefix(source) if path.startswith(source) else path
             verb = "wrote" if event.get("write") else "read"
             findings.append(failed(f"{verb} {shown}", place_of(ran, event), mend))
-    return findings[:8] or [passed(f"{len(runs)} runs opened only the program, packages, data and weights")]
+    return findings[:8] or [passed(f"{many(len(runs), 'run')} opened only the program, packages, data and weights")]
 
 
 def check_training_data(case: Any) -> list[Finding]:
@@ -133,7 +133,7 @@ def check_training_data(case: Any) -> list[Finding]:
         if event["event"] == "open" and "_train_" in Path(event["path"]).name
     ]
     return findings[:3] or [
-        passed(f"{len(runs)} scoring runs opened no training shard, though they lay beside validation")
+        passed(f"{many(len(runs), 'scoring run')} opened no training shard, though they lay beside validation")
     ]
 
 
