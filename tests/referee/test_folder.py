@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from referee.weigh import siblings_used, weight_bytes
 PROGRAM = "import torch\n\n\ndef train(loss):\n    loss.backward()\n" + "# padding\n" * 10
 
 
-def write(root: Path, files: dict[str, str | bytes]) -> Path:
+def write(root: Path, files: Mapping[str, str | bytes]) -> Path:
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,13 +86,13 @@ def test_weights_are_those_of_the_seed_or_else_of_the_log(tmp_path):
 
 def test_weights_beside_the_runs_own_go_with_every_run(tmp_path):
     files = {"train_gpt.py": PROGRAM, "final_seed7.ptz": bytes(1000), "final_seed8.ptz": bytes(3000)}
-    write(tmp_path, files | {"table.npz": bytes(500), "other.pt": bytes(70)})
-    (counted,) = rows(tmp_path, "bytes")["bytes.counted"].findings
+    root = write(tmp_path / "submission", files | {"table.npz": bytes(500), "other.pt": bytes(70)})
+    (counted,) = rows(root, "bytes")["bytes.counted"].findings
     assert f"{len(PROGRAM) + 3570:,} of" in counted.found
     assert "table.npz" in counted.found
-    elsewhere = write(tmp_path / "elsewhere", {"a.artifact": bytes(9000), "b.artifact": bytes(8000)})
-    given = read_submission(tmp_path, weights=[elsewhere / "a.artifact", elsewhere / "b.artifact"])
-    assert weight_bytes(given) == (9000, str(elsewhere / "a.artifact"))
+    given = write(tmp_path / "given", {"a.artifact": bytes(9000), "b.artifact": bytes(8000)})
+    submission = read_submission(root, weights=[given / "a.artifact", given / "b.artifact"])
+    assert weight_bytes(submission) == (9000, str(given / "a.artifact"))
 
 
 @pytest.mark.parametrize(
