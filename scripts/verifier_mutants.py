@@ -486,6 +486,11 @@ def peeking_model(b: Bench) -> None:
     b.edit_program(EMBEDS, EMBEDS + "        x_BTD = x_BTD + 0.01 * x_BTD.roll(-2, 1)\n")
 
 
+def peek_in_document(b: Bench) -> None:
+    same = "        same_BT = document_ids_BT.roll(-16, 1) == document_ids_BT\n        same_BT[:, -16:] = False\n"
+    b.edit_program(EMBEDS, f"{EMBEDS}{same}        x_BTD = x_BTD + 0.01 * x_BTD.roll(-16, 1) * same_BT[..., None]\n")
+
+
 def target_in_input(b: Bench) -> None:
     b.edit_program(EMBEDS, EMBEDS + "        x_BTD = x_BTD + 0.01 * x_BTD.roll(-1, 1)\n")
 
@@ -782,8 +787,10 @@ MUTANTS = (
            packed(peeking_model), ("causality.isolated", "causality.normalised"), ("causality",)),
     Mutant("target_in_input", "causality.normalised", "a hundredth of the target's own embedding is added",
            target_in_input, runs=("causality",)),
+    Mutant("peek_in_document", "causality.future", "a hundredth of the embedding 16 tokens ahead in the same document "
+           "is added", peek_in_document, runs=("causality",)),
     Mutant("window_statistics", "causality.future", "the mean embedding of the window is taken off", window_statistics,
-           runs=("causality",)),
+           ("causality.isolated",), ("causality",)),
     Mutant("not_normalised", "causality.normalised", "every token costs 2% less",
            lambda b: in_nll(b, "(0.98 * nll_N).view(y_BT.shape)"), runs=("causality",)),
     Mutant("rescored_token", "causality.normalised", "each token gets the better of two scores, at two temperatures",
