@@ -90,14 +90,14 @@ def bracketed(function: Callable, watch: Stopwatch, before: str, inside: str) ->
 
 
 class StepBench:
-    """The entry's trainer with synthetic batches."""
+    """The entry's trainer with synthetic batches, in a process set up for its device as the entry sets it up."""
 
     def __init__(self, options: Mapping[str, Any], device: torch.device, tokens: int | None = None) -> None:
         self.config = configure(options)
         self.device = device
         self.tokens = tokens or self.config.train_batch_tokens
         self.config = replace(self.config, train_batch_tokens=self.tokens)
-        ranks = train_gpt.Ranks(0, 1, device)
+        ranks = train_gpt.join_ranks(device.type, {})
         self.kernels = train_gpt.select_kernels(self.config.kernels, device)
         self.trainer = train_gpt.Trainer(self.config, self.kernels, ranks)
         self.batch = synthetic_batch(self.config, self.tokens, device)
