@@ -27,9 +27,6 @@ class Baseline:
     rollout: RolloutConfig | None = None
 
 
-def _dynamics(base: TrainConfig, **changes: Any) -> TrainConfig:
-    return dataclasses.replace(base, dynamics=dataclasses.replace(base.dynamics, **changes))
-
 
 def shortened(config: TrainConfig, share: float) -> TrainConfig:
     """The same stage with a share of its steps, its schedule shortened alike."""
@@ -62,8 +59,13 @@ def baselines(profile: Profile) -> dict[str, Baseline]:
         quantizer=QuantizerConfig(kind="tanh", codes=0, latent_dim=tokenizer.quantizer.latent_dim),
         mask_high=0.9,
     )
-    continuous = dataclasses.replace(sampled, tokenizer=mae, token_dir="")
-    forcing = DiffusionConfig()
+    many = dataclasses.replace(few, decode_steps=16)
+
+    def diffusion(**options: Any) -> TrainConfig:
+        kind = dataclasses.replace(sampled.dynamics, kind="diffusion", diffusion=DiffusionConfig(**options))
+        return dataclasses.replace(sampled, tokenizer=mae, dynamics=kind, token_dir="")
+
+    causal = dataclasses.replace(sampled, dynamics=dataclasses.replace(sampled.dynamics, kind="causal"))
     lam = dataclasses.replace(profile.dynamics_latent, stage="lam", token_dir="")
     jepa = dataclasses.replace(
         sampled,
@@ -89,26 +91,14 @@ def baselines(profile: Profile) -> dict[str, Baseline]:
             dataclasses.replace(profile.dynamics_latent, dynamics=frozen, lam_run="lam"),
             "vqvae", "lam", rollout=few,
         ),
-        "causal": Baseline("causal", _dynamics(sampled, kind="causal"), "vqvae", rollout=few),
-        "diffusion": Baseline(
-            "diffusion forcing, x",
-            _dynamics(continuous, kind="diffusion", diffusion=forcing), "mae",
-            rollout=dataclasses.replace(few, decode_steps=16),
-        ),
-        "diffusion-v": Baseline(
-            "diffusion forcing, v",
-            _dynamics(continuous, kind="diffusion", diffusion=dataclasses.replace(forcing, prediction="v")), "mae",
-            rollout=dataclasses.replace(few, decode_steps=16),
-        ),
+        "causal": Baseline("causal", causal, "vqvae", rollout=few),
+        "diffusion": Baseline("diffusion forcing, x", diffusion(), "mae", rollout=many),
+        "diffusion-v": Baseline("diffusion forcing, v", diffusion(prediction="v"), "mae", rollout=many),
         "diffusion-context": Baseline(
-            "diffusion, x, context stream",
-            _dynamics(continuous, kind="diffusion", diffusion=dataclasses.replace(forcing, history="context")), "mae",
-            rollout=dataclasses.replace(few, decode_steps=16),
+            "diffusion, x, context stream", diffusion(history="context"), "mae", rollout=many
         ),
         "shortcut": Baseline(
-            "shortcut forcing",
-            _dynamics(continuous, kind="diffusion", diffusion=dataclasses.replace(forcing, shortcut=True)), "mae",
-            rollout=dataclasses.replace(few, decode_steps=4),
+            "shortcut forcing", diffusion(shortcut=True), "mae", rollout=dataclasses.replace(few, decode_steps=4)
         ),
         "jepa": Baseline("JEPA", jepa),
-    }  # fmt: skip
+    }

@@ -103,8 +103,8 @@ def run_tokenize(config: TokenizeConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer_run)
     if tokenizer.continuous:
         raise ConfigError(
-            f"{config.tokenizer_run} gives continuous latents, a token set holds integers: train diffusion dynamics from "
-            "pixels, without token_dir"
+            f"{config.tokenizer_run} gives continuous latents, a token set holds integers: train diffusion dynamics "
+            "from pixels, without token_dir"
         )
     encoder = tokenizer.config.encoder
     info = describe_tokenizer(tokenizer)
