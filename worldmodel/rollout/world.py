@@ -180,6 +180,11 @@ class Player:
         self._time += 1
         return frame_BHWC
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the dynamics remembers of the past; call after `reset`."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._memory))
+
     def flops_per_frame(self) -> float:
         """Floating-point operations of one step, counted by the compiler; call after `reset`."""
         action_B = np.zeros((self._recent.shape[0],), np.int32)
