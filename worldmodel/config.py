@@ -261,8 +261,9 @@ class JepaConfig:
     encoder: BlockConfig = field(default_factory=lambda: BlockConfig(temporal=False))
     predictor: BlockConfig = field(default_factory=BlockConfig)
     embedding_dim: int = 128
-    sigreg_weight: float = 0.1
-    """Weight of SIGReg beside the error of the next embedding."""
+    sigreg_weight: float = 10.0
+    """Weight of SIGReg beside the error of the next embedding. Below about 1 the error wins and the embeddings collapse;
+    the published 0.1 multiplies a statistic that is larger than ours by the number of clips in a batch."""
     projections: int = 256
     """Random directions of SIGReg, drawn anew each step."""
 

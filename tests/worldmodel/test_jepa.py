@@ -74,27 +74,50 @@ def test_violations_and_surprise_are_what_they_say():
     assert nothing["more_surprising"] is None
 
 
+class StateSet:
+    """Stands in for a data set whose clips tell the true state."""
+
+    content_sha256 = "0" * 64
+
+    def require_windows(self, seq_len: int) -> int:
+        return 96
+
+    def fixed_windows(self, count: int, seq_len: int, seed: int = 0):
+        clips = game_clips(count, seq_len, seed=5)
+        return {**clips, "state_BTK": place_of(clips["frames_BTHWC"])}
+
+
+EVALUATE = EvaluateConfig(clips=96, batch_size=40, horizons=(1, 2), delta_horizon=1, bootstrap_samples=20,
+                          rollout=RolloutConfig(prompt_frames=2, horizon=2))  # fmt: skip
+
+
+def test_an_evaluation_measures_what_it_says(monkeypatch):
+    monkeypatch.setattr(suite, "open_dataset", lambda *_: StateSet())
+    model = Jepa(JEPA, num_actions=NUM_ACTIONS, rngs=nnx.Rngs(0))
+    document = evaluate_jepa(model, "data", EVALUATE)
+    json.dumps(document)
+    clips = game_clips(96, 4, seed=5)
+    output = jax.jit(model)(clips["frames_BTHWC"], clips["actions_BT"][:, :-1])
+    embedding = np.asarray(output.embedding_BTL)
+    error = ((np.asarray(output.predicted_BAL)[:, 1] - embedding[:, 2]) ** 2).mean()
+    variance = embedding.reshape(-1, 8).var(axis=0).mean()
+    assert document["embedding_variance"] == pytest.approx(variance, rel=1e-4)
+    assert document["horizons"]["1"]["predicted_error_share"]["value"] == pytest.approx(error / variance, rel=1e-3)
+    still = (clips["frames_BTHWC"][:, 2] == clips["frames_BTHWC"][:, 1]).all(axis=(1, 2, 3)).sum()
+    assert document["surprise"]["repeat"]["clips"] == 96 - still
+    assert document["probes"]["state_r2"] > 0.9  # four pictures: any embedding that tells them apart will do
+
+
+@pytest.mark.slow
 def test_training_gives_embeddings_that_hold_the_state_and_are_surprised_by_broken_physics(tmp_path, monkeypatch):
-    class Set:
-        content_sha256 = "0" * 64
-
-        def require_windows(self, seq_len: int) -> int:
-            return 96
-
-        def fixed_windows(self, count: int, seq_len: int, seed: int = 0):
-            clips = game_clips(count, seq_len, seed=5)
-            return {**clips, "state_BTK": place_of(clips["frames_BTHWC"])}
-
-    monkeypatch.setattr(suite, "open_dataset", lambda *_: Set())
+    monkeypatch.setattr(suite, "open_dataset", lambda *_: StateSet())
     optim = dataclasses.replace(OPTIM, warmup_steps=10, decay_steps=50, learning_rate=5e-3)
     config = train_config("jepa", str(tmp_path / "run"), jepa=JEPA, optim=optim, steps=250, batch_size=64,
                           eval_every=250, checkpoint_every=250, log_every=250)  # fmt: skip
     metrics = train(config, source=MemorySource(config))["metrics"]
     assert metrics["val_embedding_variance"] > 0.1  # no collapse
     assert metrics["val_prediction_error_share"] < 0.5 * metrics["val_copy_error_share"]
-    evaluate = EvaluateConfig(clips=96, batch_size=48, horizons=(1, 2), delta_horizon=1, bootstrap_samples=20,
-                              rollout=RolloutConfig(prompt_frames=2, horizon=2))  # fmt: skip
-    document = evaluate_jepa(load_jepa(config.run_dir, NUM_ACTIONS), "data", evaluate)
+    document = evaluate_jepa(load_jepa(config.run_dir, NUM_ACTIONS), "data", EVALUATE)
     json.dumps(document)
     assert document["probes"]["state_r2"] > 0.8
     assert document["surprise"]["teleport"]["more_surprising"]["value"] > 0.8

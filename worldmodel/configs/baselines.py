@@ -68,9 +68,11 @@ def baselines(profile: Profile) -> dict[str, Baseline]:
     causal = dataclasses.replace(sampled, dynamics=dataclasses.replace(sampled.dynamics, kind="causal"))
     lam = dataclasses.replace(profile.dynamics_latent, stage="lam", token_dir="")
     jepa = dataclasses.replace(
-        sampled,
+        profile.dynamics_latent,
         stage="jepa",
         token_dir="",
+        # SIGReg compares the embeddings of one frame number over the clips of a batch: it needs many clips.
+        batch_size=4 * sampled.batch_size,
         jepa=JepaConfig(
             frame=tokenizer.frame,
             encoder=dataclasses.replace(tokenizer.encoder, layers=tokenizer.decoder.layers),
