@@ -27,22 +27,19 @@ from worldmodel.train.restore import load_dynamics, load_tokenizer
 MAE = dataclasses.replace(
     TOKENIZER, quantizer=QuantizerConfig(kind="tanh", codes=0, latent_dim=8), mask_high=0.9
 )
-CAUSAL = dataclasses.replace(DYNAMICS, kind="causal")
-SHORTCUT = dataclasses.replace(DYNAMICS, kind="diffusion", diffusion=DiffusionConfig(levels=8, shortcut=True))
+# Compiling is what these tests cost: one layer, whose window ends within a short rollout.
+BLOCKS = dataclasses.replace(DYNAMICS.blocks, layers=1, temporal_window=3)
+CAUSAL = dataclasses.replace(DYNAMICS, kind="causal", blocks=BLOCKS)
+SHORTCUT = dataclasses.replace(
+    DYNAMICS, kind="diffusion", diffusion=DiffusionConfig(levels=8, shortcut=True), blocks=BLOCKS
+)
 KINDS = {
     "causal": (TOKENIZER, CAUSAL),
-    "causal-joint-add": (
-        TOKENIZER,
-        dataclasses.replace(
-            CAUSAL, action_conditioning="add", blocks=dataclasses.replace(DYNAMICS.blocks, joint=True)
-        ),
-    ),
     "diffusion-v": (
         MAE, dataclasses.replace(SHORTCUT, diffusion=DiffusionConfig(levels=8, prediction="v", history="context"))
     ),
     "shortcut-mamba": (
-        MAE,
-        dataclasses.replace(SHORTCUT, blocks=dataclasses.replace(DYNAMICS.blocks, mixer="mamba2", mamba_state=8)),
+        MAE, dataclasses.replace(SHORTCUT, blocks=dataclasses.replace(BLOCKS, mixer="mamba2", mamba_state=8))
     ),
 }  # fmt: skip
 ROLLOUT = RolloutConfig(prompt_frames=2, horizon=3, decode_steps=2, temperature=0.7)
@@ -71,8 +68,8 @@ def prompt_of(model, frames: int = 2):
 @pytest.mark.parametrize("name", KINDS)
 def test_rollouts_with_and_without_memory_are_equal(name):
     model = model_of(name)
-    actions = np.asarray(jax.random.randint(jax.random.key(1), (2, 6), 0, NUM_ACTIONS))
-    config = dataclasses.replace(ROLLOUT, horizon=5)  # beyond the window of 4 frames
+    actions = np.asarray(jax.random.randint(jax.random.key(1), (2, 4), 0, NUM_ACTIONS))
+    config = dataclasses.replace(ROLLOUT, horizon=3)  # frames 2, 3, 4: the last sees frames 2 and 3 only
     roll = jax.jit(
         lambda prompt, actions, config: rollout_frames(model, prompt, actions, config, jax.random.key(2)),
         static_argnames="config",
@@ -81,7 +78,7 @@ def test_rollouts_with_and_without_memory_are_equal(name):
     whole = roll(prompt_of(model), actions, dataclasses.replace(config, use_cache=False))
     if isinstance(model, TokenDynamics):
         np.testing.assert_array_equal(cached, whole)
-        assert len({tuple(frame) for frame in np.asarray(cached[0])}) > 2
+        assert len({tuple(frame) for frame in np.asarray(cached[0])}) > 1
     else:
         np.testing.assert_allclose(cached, whole, atol=2e-4)
         assert float(cached.std(axis=1).mean()) > 1e-2
