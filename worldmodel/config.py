@@ -262,8 +262,8 @@ class JepaConfig:
     predictor: BlockConfig = field(default_factory=BlockConfig)
     embedding_dim: int = 128
     sigreg_weight: float = 10.0
-    """Weight of SIGReg beside the error of the next embedding. Below about 1 the error wins and embeddings collapse; the
-    published 0.1 multiplies a statistic that is larger than ours by the number of clips in a batch."""
+    """Weight of SIGReg beside the error of the next embedding. Below about 1 the error wins and embeddings collapse;
+    the published 0.1 multiplies a statistic that is larger than ours by the number of clips in a batch."""
     projections: int = 256
     """Random directions of SIGReg, drawn anew each step."""
 
