@@ -42,7 +42,7 @@ def test_the_sampler_follows_the_exact_flow_and_errs_as_euler_does():
     noise = jax.random.normal(jax.random.key(0), (4000,))
     exact = np.asarray(flow_map(noise, 0.0, 1.0))
     errors = [np.abs(sample(steps) - exact).max() for steps in (8, 16, 32, 64)]
-    assert errors[-1] < 0.03
+    assert errors[-1] < 0.06
     for coarse, fine in itertools.pairwise(errors):
         assert 1.5 < coarse / fine < 2.8  # first order: half the step, half the error
     drawn = sample(64)
@@ -51,11 +51,12 @@ def test_the_sampler_follows_the_exact_flow_and_errs_as_euler_does():
 
 
 def test_writing_predictions_back_without_noise_collapses():
-    """The published sampler's fault, as a control: its samples lose most of their spread."""
+    """The published sampler's fault, as a control: its samples lose their spread and miss the mean."""
     x = jax.random.normal(jax.random.key(0), (4000,))
     for number in schedule(LEVELS, 64)[:-1]:
         x = posterior_mean(x, number / LEVELS)
-    assert float(x.std()) < 0.1 * SPREAD
+    assert float(x.std()) < 0.01 * SPREAD
+    assert abs(float(x.mean()) - MEAN) > 1.0
 
 
 def test_temperature_zero_ends_at_the_centre():
@@ -87,7 +88,7 @@ def test_exact_half_steps_give_the_exact_whole_step():
     x = jnp.linspace(-2.0, 3.0, 7)
     for level, step in ((0.0, 1.0), (0.25, 0.25), (0.5, 0.5), (62 / 64, 2 / 64)):
         got = shortcut_target(perfect, x, jnp.asarray(level), jnp.asarray(step))
-        np.testing.assert_allclose(got, perfect(x, level, step), atol=2e-5)
+        np.testing.assert_allclose(got, perfect(x, level, step), atol=1e-4)
 
 
 def test_drawn_steps_fit_between_noise_and_data():
