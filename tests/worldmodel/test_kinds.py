@@ -56,6 +56,7 @@ def model_of(name: str):
     else:
         model.latent_out.kernel[...] = jax.random.normal(jax.random.key(9), model.latent_out.kernel.shape)
         model.spread[...] = jnp.asarray(0.3)
+    model.action_table[...] = 10.0 * model.action_table[...]
     return model
 
 

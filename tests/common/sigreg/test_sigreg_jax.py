@@ -27,7 +27,7 @@ def test_value_and_gradient_are_the_reference(shape):
 
 
 def test_golden_vectors():
-    with np.load(GOLDEN / "sigreg.npz") as file:
+    with np.load(GOLDEN / "sigreg.npz", allow_pickle=False) as file:
         golden = {key: file[key] for key in file.files}
     A = jnp.asarray(golden["A"], jnp.float32)
     step = jax.jit(jax.value_and_grad(lambda z: sigreg_jax(z, A, per_timestep=True)))
