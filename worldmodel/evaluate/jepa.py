@@ -108,8 +108,8 @@ def evaluate_jepa(model: Jepa, data_dir: str, config: EvaluateConfig) -> dict[st
     @jax.jit
     def look(values: Any, frames: Array, actions: Array) -> tuple[Array, Array, Array]:
         live = nnx.merge(graph, values)
-        output = live(frames, actions[:, :-1])
-        return *output, live.imagine(output.embedding_BTL[:, :prompt], actions[:, :-1])
+        embedding_BTL, predicted_BAL = live(frames, actions[:, :-1])
+        return embedding_BTL, predicted_BAL, live.imagine(embedding_BTL[:, :prompt], actions[:, :-1])
 
     def run(frames_STHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         parts: list[list[np.ndarray]] = [[], [], []]

@@ -249,7 +249,8 @@ class JointAttention(Attention):
         B, T, N, _ = h_BTND.shape
         q, k, v = self._project(h_BTND, jnp.arange(T))
         mask_QS = np.kron(window_mask(T, self.config.temporal_window), np.ones((N, N), bool))
-        return self._attend(q, *(y.reshape(B, T * N, *y.shape[3:]) for y in (k, v)), jnp.asarray(mask_QS))
+        k_BXHK, v_BXHK = (y.reshape(B, T * N, *y.shape[3:]) for y in (k, v))
+        return self._attend(q, k_BXHK, v_BXHK, jnp.asarray(mask_QS))
 
     def two_stream(
         self, clean_BTND: Array, masked_BTND: Array, seen_NN: Array | None, *, masked_only: bool
@@ -261,7 +262,8 @@ class JointAttention(Attention):
         causal, own, whole = window_mask(T, self.config.temporal_window), np.eye(T, dtype=bool), np.ones((N, N), bool)
         own_QS = jnp.asarray(np.kron(own, whole)) & jnp.tile(jnp.asarray(whole) if seen_NN is None else seen_NN, (T, T))
         mask_QS = jnp.concatenate([jnp.asarray(np.kron(causal & ~own, whole)), own_QS], axis=1)
-        masked = self._attend(q[B:], *(jnp.concatenate([y[:B], y[B:]], axis=1) for y in (k, v)), mask_QS)
+        k_BXHK, v_BXHK = (jnp.concatenate([y[:B], y[B:]], axis=1) for y in (k, v))
+        masked = self._attend(q[B:], k_BXHK, v_BXHK, mask_QS)
         if masked_only:
             return None, masked
         return self._attend(q[:B], k[:B], v[:B], jnp.asarray(np.kron(causal, whole))), masked
