@@ -45,6 +45,10 @@ demo: $(STAMP)  ## train a small model on the standard library's text, export it
 coinrun: $(STAMP)  ## record CoinRun, train a world model, roll it out, score it, write the page (PROFILE=cpu|gpu|paper)
 	$(PY) -m worldmodel coinrun --profile $(or $(PROFILE),cpu) $(ARGS)
 
+.PHONY: worldmodel-baselines
+worldmodel-baselines: $(STAMP)  ## train and score every kind of world model on CoinRun, write its leaderboard (PROFILE=, ARGS=)
+	$(PY) -m worldmodel baselines --profile $(or $(PROFILE),cpu) --leaderboard worldmodel/LEADERBOARD.md $(ARGS)
+
 .PHONY: play
 play: $(STAMP)  ## steer the packaged CoinRun world in the browser (RUN=runs/coinrun-cpu, ARTIFACT=file, PORT=8377)
 	$(PY) -m worldmodel play $(if $(RUN),--run $(RUN)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -15,8 +15,11 @@ import tyro
 
 from common.artifact.budget import format_size_table
 from common.errors import ConfigError, GolfError
+from worldmodel.ablate import AblateConfig, run_ablate
+from worldmodel.baselines import BaselinesConfig, run_baselines
 from worldmodel.coinrun import CoinrunConfig, load_profile, run_coinrun
 from worldmodel.config import EvaluateConfig, RolloutConfig, TrainConfig
+from worldmodel.configs.baselines import baselines
 from worldmodel.data.collect import CollectConfig, run_collect
 from worldmodel.data.importer import ImportConfig, run_import
 from worldmodel.data.inspect import InspectConfig, ValidateConfig, run_inspect, run_validate
@@ -24,6 +27,7 @@ from worldmodel.data.records import open_dataset
 from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
 from worldmodel.evaluate.suite import evaluate_world
 from worldmodel.export import export_world, load_exported
+from worldmodel.leaderboard import LeaderboardConfig, write_leaderboard
 from worldmodel.play.start import PlayConfig, run_play
 from worldmodel.rollout.render import rollout_rows, write_picture_files
 from worldmodel.rollout.world import World, load_world
@@ -120,10 +124,11 @@ def _train_presets() -> dict[str, TrainCommand]:
         loaded = load_profile(profile)
         for stage in ("tokenizer", "dynamics", "dynamics_latent"):
             presets[f"{profile}-{stage.replace('_', '-')}"] = TrainCommand(getattr(loaded, stage))
-        lam = dataclasses.replace(
-            loaded.dynamics_latent, stage="lam", steps=loaded.dynamics_latent.steps, run_dir="runs/lam"
-        )
-        presets[f"{profile}-lam"] = TrainCommand(lam)
+        for name, baseline in baselines(loaded).items():
+            if name not in ("vqvae", "maskgit", "maskgit-latent"):  # the three stages above
+                presets[f"{profile}-{name}"] = TrainCommand(
+                    dataclasses.replace(baseline.train, run_dir=f"runs/{name}")
+                )
     return presets
 
 
@@ -139,6 +144,9 @@ def _command_type() -> Any:
         "export": (ExportCommand, "write a world to one file"),
         "play": (PlayConfig, "steer a world in the browser"),
         "coinrun": (CoinrunConfig, "the whole case study"),
+        "baselines": (BaselinesConfig, "train and score every kind of model"),
+        "leaderboard": (LeaderboardConfig, "write the leaderboard from run folders"),
+        "ablate": (AblateConfig, "one change at a time, over seeds"),
     }
     train_type = tyro.extras.subcommand_type_from_defaults(_train_presets(), prefix_names=False)
     kinds = [Annotated[train_type, tyro.conf.subcommand("train", description="train one stage of a preset")]]
@@ -206,6 +214,12 @@ def run(command: Any) -> int:
         print(format_size_table(export_world(world, command.out, grid=command.grid, overwrite=command.overwrite)))
     elif isinstance(command, PlayConfig):
         run_play(command)
+    elif isinstance(command, BaselinesConfig):
+        print(run_baselines(command))
+    elif isinstance(command, LeaderboardConfig):
+        print(write_leaderboard(command.runs, Path(command.out)))
+    elif isinstance(command, AblateConfig):
+        print(run_ablate(command))
     else:
         run_coinrun(command)
     return 0

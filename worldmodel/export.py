@@ -19,9 +19,9 @@ from common.errors import ArtifactError, CheckpointError, ConfigError
 from common.quant.grid import GridSpec, QuantizedTensor, quantize
 from worldmodel.config import TrainConfig, from_dict, to_dict
 from worldmodel.data.tokenize import tokenizer_sha256
+from worldmodel.models.kinds import build_dynamics
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.rollout.world import World
-from worldmodel.train.restore import empty_dynamics
 from worldmodel.train.state import Functional, fill_names, flatten_names, values_of
 
 TRAINING_ONLY = ("idle_V", "spare_VL")
@@ -155,7 +155,8 @@ def load_exported(path: str | Path) -> World:
         quantized = value.ndim == 2 and value.size >= MIN_QUANTIZED_VALUES
         parts[prefix][name] = value.T if quantized and name.endswith("/kernel") else value
     tokenizer = fill_model(Tokenizer(config.tokenizer, rngs=nnx.Rngs(0)), parts["tokenizer"], where=str(path))
-    dynamics = fill_model(empty_dynamics(config, meta["num_actions"]), parts["dynamics"], where=str(path))
+    empty = build_dynamics(config, num_actions=meta["num_actions"], rngs=nnx.Rngs(0))
+    dynamics = fill_model(empty, parts["dynamics"], where=str(path))
     return World(
         config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta['grid']}) {Path(path).name}"
     )

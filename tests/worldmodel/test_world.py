@@ -15,6 +15,7 @@ from tests.worldmodel.small import DYNAMICS, NUM_ACTIONS, MemorySource, game_cli
 from worldmodel.config import EvaluateConfig, RolloutConfig
 from worldmodel.evaluate import suite
 from worldmodel.export import GRID_NAMES, export_world, grid_of, inference_values, load_exported
+from worldmodel.models.token_dynamics import MaskGitDynamics
 from worldmodel.rollout.render import (
     Row,
     gif_bytes,
@@ -95,6 +96,7 @@ def test_teacher_forced_bits_are_the_cross_entropy_of_unscaled_logits(worlds):
     tokens, actions = world.encode(clips["frames_BTHWC"]), clips["actions_BT"][:, :-1]
     bits = np.asarray(world.bits(tokens, actions))
     model = world.dynamics
+    assert isinstance(model, MaskGitDynamics)
     action = model.shift_actions(model.embed_action_codes(jax.numpy.asarray(actions)))
     hidden = np.ones((2, 4), bool)
     for t in (1, 3):

@@ -28,7 +28,13 @@ from worldmodel.data.tokenize import tokenizer_sha256
 from worldmodel.data.tokens import require_tokenizer
 from worldmodel.runs import RunFolder, RunLog
 from worldmodel.train.checkpoint import Checkpoints
-from worldmodel.train.objectives import DynamicsObjective, LamObjective, Objective, TokenizerObjective
+from worldmodel.train.objectives import (
+    DynamicsObjective,
+    JepaObjective,
+    LamObjective,
+    Objective,
+    TokenizerObjective,
+)
 from worldmodel.train.optim import make_optimizer
 from worldmodel.train.restore import load_lam, load_tokenizer
 from worldmodel.train.state import Functional, Tree, make_mesh, place_batch, state_shardings, values_of
@@ -99,6 +105,8 @@ def make_objective(config: TrainConfig, num_actions: int) -> Objective:
         return TokenizerObjective(config)
     if config.stage == "lam":
         return LamObjective(config)
+    if config.stage == "jepa":
+        return JepaObjective(config, num_actions=num_actions)
     if not config.tokenizer_run:
         raise ConfigError("stage dynamics needs tokenizer_run, the run folder of a trained tokenizer")
     tokenizer = load_tokenizer(config.tokenizer_run, expected=config.tokenizer)
