@@ -470,6 +470,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown:
                 raise ConfigError(f"unknown image {unknown[0]!r}; there are {', '.join(IMAGES)}")
             check_tools()
+            if not docker_answers():
+                print("containers: NOT EXERCISED: docker. No engine of it answers: buildah builds and podman runs.")
             for image in given.images or ["cpu"]:
                 built = build(image, ROOT, choose_base(image, given.base, ROOT), os.environ, more)
                 print(f"{tag(image)}: built in {built.seconds:.0f} s, {built.size_bytes / 1e9:.2f} GB")
