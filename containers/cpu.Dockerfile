@@ -23,12 +23,15 @@ COPY containers/locks/debian-coinrun.txt containers/install_debian.sh /locks/
 RUN ["sh", "/locks/install_debian.sh", "/locks/debian-coinrun.txt"]
 ARG PIP_FLAGS=""
 ARG SSL_CERT_FILE
-# Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed.
+# Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed. What
+# builds from sources orders its sets alike every time, and leaves no compiled files with dates in them.
 ARG UV_PYTHON=/opt/venv/bin/python
 ARG UV_INDEX_STRATEGY=unsafe-best-match
 ARG UV_NO_CACHE=1
 ARG UV_CONCURRENT_BUILDS=1
 ARG UV_HTTP_TIMEOUT=180
+ARG PYTHONHASHSEED=0
+ARG PYTHONDONTWRITEBYTECODE=1
 COPY containers/locks/build.lock containers/locks/cpu.lock containers/finish_python.sh /locks/
 # build.lock first: the source distributions in cpu.lock (gym) build with its setuptools.
 RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer \

@@ -29,12 +29,15 @@ COPY containers/locks/debian-toolchain.txt containers/install_debian.sh /locks/
 RUN ["sh", "/locks/install_debian.sh", "/locks/debian-toolchain.txt"]
 ARG PIP_FLAGS=""
 ARG SSL_CERT_FILE
-# Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed.
+# Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed. What
+# builds from sources orders its sets alike every time, and leaves no compiled files with dates in them.
 ARG UV_PYTHON=/opt/venv/bin/python
 ARG UV_INDEX_STRATEGY=unsafe-best-match
 ARG UV_NO_CACHE=1
 ARG UV_CONCURRENT_BUILDS=1
 ARG UV_HTTP_TIMEOUT=180
+ARG PYTHONHASHSEED=0
+ARG PYTHONDONTWRITEBYTECODE=1
 COPY containers/locks/lm.lock containers/finish_python.sh /locks/
 # Everything but the two packages that compile: torch has to be here before their build begins.
 RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer \
@@ -48,12 +51,15 @@ RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer
 FROM environment AS sources
 ARG PIP_FLAGS=""
 ARG SSL_CERT_FILE
-# Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed.
+# Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed. What
+# builds from sources orders its sets alike every time, and leaves no compiled files with dates in them.
 ARG UV_PYTHON=/opt/venv/bin/python
 ARG UV_INDEX_STRATEGY=unsafe-best-match
 ARG UV_NO_CACHE=1
 ARG UV_CONCURRENT_BUILDS=1
 ARG UV_HTTP_TIMEOUT=180
+ARG PYTHONHASHSEED=0
+ARG PYTHONDONTWRITEBYTECODE=1
 ARG MAX_JOBS=2
 COPY containers/locks/cuda-build.lock containers/nvcc_sm90.py /locks/
 RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer \
