@@ -7,21 +7,13 @@
 #   PIP_CERT, SSL_CERT_FILE   certificates for pip and for uv, where the system's are not the right ones
 ARG BASE=python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 
-# uv, which installs the locks: in a stage of its own, so that no image holds it.
-FROM ${BASE} AS installer
-ARG PIP_FLAGS=""
-ARG PIP_CERT
-COPY containers/locks/installer.lock /locks/
-RUN ["python3.11", "-m", "venv", "/opt/installer"]
-RUN /opt/installer/bin/pip install -q ${PIP_FLAGS} --disable-pip-version-check --no-cache-dir --no-deps --require-hashes \
-        --only-binary :all: -r /locks/installer.lock
-
 FROM ${BASE}
 # What procgen's library is linked to, at locked versions. APT_MIRROR: see containers/README.md.
 ARG APT_MIRROR=""
 COPY containers/locks/debian-coinrun.txt containers/install_debian.sh /locks/
 RUN ["sh", "/locks/install_debian.sh", "/locks/debian-coinrun.txt"]
 ARG PIP_FLAGS=""
+ARG PIP_CERT
 ARG SSL_CERT_FILE
 # Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed. What
 # builds from sources orders its sets alike every time, and leaves no compiled files with dates in them.
@@ -32,12 +24,15 @@ ARG UV_CONCURRENT_BUILDS=1
 ARG UV_HTTP_TIMEOUT=180
 ARG PYTHONHASHSEED=0
 ARG PYTHONDONTWRITEBYTECODE=1
-COPY containers/locks/build.lock containers/locks/cpu.lock containers/finish_python.sh /locks/
+COPY containers/locks/installer.lock containers/locks/build.lock \
+    containers/locks/cpu.lock containers/finish_python.sh /locks/
 # build.lock first: the source distributions in cpu.lock (gym) build with its setuptools.
-RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer \
+RUN python3.11 -m venv /tmp/installer && \
+    /tmp/installer/bin/pip install -q ${PIP_FLAGS} --disable-pip-version-check --no-cache-dir --no-deps --require-hashes \
+        --only-binary :all: -r /locks/installer.lock && \
     python3.11 -m venv --without-pip /opt/venv && \
-    /installer/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes -r /locks/build.lock && \
-    /installer/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes --no-build-isolation -r /locks/cpu.lock && \
+    /tmp/installer/bin/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes -r /locks/build.lock && \
+    /tmp/installer/bin/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes --no-build-isolation -r /locks/cpu.lock && \
     sh /locks/finish_python.sh
 COPY . /golf
 RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /golf && \

@@ -6,7 +6,8 @@ cd "$folder"
 # What wheels bring and nothing here can run: programs that test torch's C++, static libraries of a profiler. 0.2 GB.
 rm -rf torch/test triton/backends/nvidia/lib/cupti/*.a
 if [ -d torch/bin ]; then find torch/bin -type f ! -name torch_shm_manager -delete; fi
-rm -f /tmp/uv-*.lock
+# uv and what it leaves.
+rm -rf /tmp/installer /tmp/uv-*.lock
 # Compiled by hash, not by date, with one order of sets, so that two builds agree; but for what another Python's syntax needs.
 PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x 'py312_intrinsics' \
     -s "$folder" -p "$packages" "$folder"

@@ -13,21 +13,13 @@
 #   MAX_JOBS    files that compile at a time; each takes about 3 GB of memory
 ARG BASE=python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 
-# uv, which installs the locks: in a stage of its own, so that no image holds it.
-FROM ${BASE} AS installer
-ARG PIP_FLAGS=""
-ARG PIP_CERT
-COPY containers/locks/installer.lock /locks/
-RUN ["python3.11", "-m", "venv", "/opt/installer"]
-RUN /opt/installer/bin/pip install -q ${PIP_FLAGS} --disable-pip-version-check --no-cache-dir --no-deps --require-hashes \
-        --only-binary :all: -r /locks/installer.lock
-
 # C and C++ compilers, for the sources below and, in the final image, for the launchers that Triton compiles at run time.
 FROM ${BASE} AS environment
 ARG APT_MIRROR=""
 COPY containers/locks/debian-toolchain.txt containers/install_debian.sh /locks/
 RUN ["sh", "/locks/install_debian.sh", "/locks/debian-toolchain.txt"]
 ARG PIP_FLAGS=""
+ARG PIP_CERT
 ARG SSL_CERT_FILE
 # Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed. What
 # builds from sources orders its sets alike every time, and leaves no compiled files with dates in them.
@@ -38,18 +30,21 @@ ARG UV_CONCURRENT_BUILDS=1
 ARG UV_HTTP_TIMEOUT=180
 ARG PYTHONHASHSEED=0
 ARG PYTHONDONTWRITEBYTECODE=1
-COPY containers/locks/lm.lock containers/finish_python.sh /locks/
+COPY containers/locks/installer.lock containers/locks/lm.lock containers/finish_python.sh /locks/
 # Everything but the two packages that compile: torch has to be here before their build begins.
-RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer \
+RUN python3.11 -m venv /tmp/installer && \
+    /tmp/installer/bin/pip install -q ${PIP_FLAGS} --disable-pip-version-check --no-cache-dir --no-deps --require-hashes \
+        --only-binary :all: -r /locks/installer.lock && \
     sed -n '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/p' /locks/lm.lock > /locks/sources.lock && \
     sed '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/d' /locks/lm.lock > /locks/wheels.lock && \
     python3.11 -m venv --without-pip /opt/venv && \
-    /installer/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes --only-binary :all: -r /locks/wheels.lock && \
+    /tmp/installer/bin/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes --only-binary :all: -r /locks/wheels.lock && \
     sh /locks/finish_python.sh
 
 # The two packages, compiled beside that environment with the CUDA compiler, which no image needs.
 FROM environment AS sources
 ARG PIP_FLAGS=""
+ARG PIP_CERT
 ARG SSL_CERT_FILE
 # Hashes decide what is installed, so any index may serve it. One build at a time; nothing stays but what is installed. What
 # builds from sources orders its sets alike every time, and leaves no compiled files with dates in them.
@@ -62,16 +57,17 @@ ARG PYTHONHASHSEED=0
 ARG PYTHONDONTWRITEBYTECODE=1
 ARG MAX_JOBS=2
 COPY containers/locks/cuda-build.lock containers/nvcc_sm90.py /locks/
-RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer \
-    /installer/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes --only-binary :all: -r /locks/cuda-build.lock
+RUN python3.11 -m venv /tmp/installer && \
+    /tmp/installer/bin/pip install -q ${PIP_FLAGS} --disable-pip-version-check --no-cache-dir --no-deps --require-hashes \
+        --only-binary :all: -r /locks/installer.lock && \
+    /tmp/installer/bin/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes --only-binary :all: -r /locks/cuda-build.lock
 # FORCE_BUILD: otherwise their setup.py fetches a ready wheel from a release page.
 ENV CUDA_HOME=/opt/venv/lib/python3.11/site-packages/nvidia/cu13 PYTORCH_NVCC=/locks/nvcc_sm90.py \
     MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE TORCH_CUDA_ARCH_LIST=9.0
 # What a toolkit folder has and the wheels lay out otherwise: lib64, and libraries without a version in their name.
 RUN ln -s lib ${CUDA_HOME}/lib64 && \
     for library in ${CUDA_HOME}/lib/*.so.[0-9]*; do ln -sf "$(basename "${library}")" "${library%%.so.*}.so"; done
-RUN --mount=type=bind,from=installer,source=/opt/installer/bin,target=/installer \
-    PATH=/opt/venv/bin:${CUDA_HOME}/bin:${PATH} MAX_JOBS=${MAX_JOBS} /installer/uv pip install ${PIP_FLAGS} --no-deps \
+RUN PATH=/opt/venv/bin:${CUDA_HOME}/bin:${PATH} MAX_JOBS=${MAX_JOBS} /tmp/installer/bin/uv pip install ${PIP_FLAGS} --no-deps \
         --require-hashes --no-build-isolation --no-binary :all: -r /locks/sources.lock --target /compiled && \
     sh /locks/finish_python.sh /compiled
 
