@@ -5,7 +5,7 @@ Legend: B batch · T time · N tokens of a frame · D width · V token codes · 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from worldmodel.models.blocks import LayerMemory, Stats, STTransformer, freeze
 from worldmodel.models.lam import ActionEncoder
 
 UNKNOWN_ACTION = -1
+
+
+def standardize_codes(codes_VL: Any) -> Any:
+    """The tokenizer's code vectors (V, L) as the dynamics sees them: mean 0 of each coordinate, one spread of 1."""
+    return (codes_VL - codes_VL.mean(axis=0)) / codes_VL.std().clip(1e-6)
 
 
 class DynamicsOutput(NamedTuple):
@@ -73,8 +78,7 @@ class Dynamics(nnx.Module):
         prefix = 1 if config.action_conditioning == "prepend" else 0
         self.blocks = STTransformer(config.blocks, rows=frame.rows, columns=frame.columns, prefix=prefix, rngs=rngs)
         if config.tie_codebook:
-            spread = max(float(np.std(codes_VL)), 1e-6)
-            self.codes_VL = Stats(jnp.asarray((codes_VL - codes_VL.mean(axis=0)) / spread, jnp.float32))
+            self.codes_VL = Stats(jnp.asarray(standardize_codes(codes_VL), jnp.float32))
             self.token_in = nnx.Linear(codes_VL.shape[1], dim, use_bias=False, rngs=rngs)
             self.token_table = nnx.Param(jnp.zeros((self.num_codes, dim)))
         else:
