@@ -26,7 +26,8 @@ from worldmodel.data.inspect import InspectConfig, ValidateConfig, run_inspect, 
 from worldmodel.data.records import open_dataset
 from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
 from worldmodel.evaluate.suite import evaluate_world
-from worldmodel.export import export_world, load_exported
+from worldmodel.export import FITTED, export_world, load_exported
+from worldmodel.fisher import world_statistics
 from worldmodel.leaderboard import LeaderboardConfig, write_leaderboard
 from worldmodel.play.start import PlayConfig, run_play
 from worldmodel.rollout.render import rollout_rows, write_picture_files
@@ -105,7 +106,13 @@ class ExportCommand:
     out: str
     """Artifact file."""
     tokenizer_run: str = ""
-    grid: Literal["int8", "int4", "step"] = "int8"
+    grid: Literal["int8", "int4", "fitted"] = "int8"
+    bits: float = 4.0
+    """Bits a weight of the whole file, of the fitted grid."""
+    data_dir: str = ""
+    """Data set whose training clips show what the fitted grid's errors cost; the one of training by default."""
+    clips: int = 1024
+    """How many of them."""
     overwrite: bool = False
 
 
@@ -191,6 +198,20 @@ def _evaluate(command: EvaluateCommand) -> None:
         print(json.dumps(document, indent=2))
 
 
+def _export(command: ExportCommand) -> None:
+    _refuse_existing(Path(command.out), command.overwrite)
+    world = load_world(command.run, tokenizer_run=command.tokenizer_run)
+    statistics = None
+    if command.grid == FITTED:
+        dataset = open_dataset(command.data_dir or world.config.data_dir, "train")
+        count = min(command.clips, dataset.require_windows(world.config.seq_len))
+        statistics = world_statistics(world, dataset.fixed_windows(count, world.config.seq_len))
+    report = export_world(
+        world, command.out, grid=command.grid, bits=command.bits, statistics=statistics, overwrite=command.overwrite
+    )
+    print(format_size_table(report))
+
+
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
@@ -210,8 +231,7 @@ def run(command: Any) -> int:
     elif isinstance(command, EvaluateCommand):
         _evaluate(command)
     elif isinstance(command, ExportCommand):
-        world = load_world(command.run, tokenizer_run=command.tokenizer_run)
-        print(format_size_table(export_world(world, command.out, grid=command.grid, overwrite=command.overwrite)))
+        _export(command)
     elif isinstance(command, PlayConfig):
         run_play(command)
     elif isinstance(command, BaselinesConfig):

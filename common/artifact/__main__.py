@@ -1,4 +1,4 @@
-"""python -m common.artifact inspect FILE; python -m common.artifact budget WEIGHTS STATISTICS."""
+"""python -m common.artifact inspect FILE; budget WEIGHTS STATISTICS; budget --predict LAYOUT; measure FILE..."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from common.artifact.budget import (
     format_text_table,
 )
 from common.artifact.container import decode_artifact, encode_artifact, load_artifact, read_artifact, save_artifact
+from common.artifact.predict import (
+    leave_one_out,
+    measure_artifact,
+    predict_size,
+    read_layout,
+    read_measured,
+    write_measured,
+)
 from common.errors import ArtifactError, GolfError
+from common.files import write_atomically
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import grid_rows, parse_grid_spec, rms_sigma
 from common.quant.plan import ModelPlan, fit_budget, plan_model
@@ -125,6 +134,29 @@ def fit_file(options: argparse.Namespace) -> None:
     print(format_text_table(rows, left_columns=0))
 
 
+def predict_file(options: argparse.Namespace) -> None:
+    """Print what a model of a layout will weigh once it is trained. Raises GolfError, also over the budget."""
+    report = predict_size(read_layout(options.predict), read_measured(options.measured))
+    print("predicted, not measured:")
+    print(format_size_table(report, options.code_bytes, options.bytes))
+    check_budget(report.file_bytes + options.code_bytes, options.bytes)
+
+
+def measure_files(paths: Sequence[str], out: str | None) -> None:
+    """Print how well each artifact is predicted from all others; write what predictions need. Raises ArtifactError."""
+    reports = {path: read_artifact(path)[2] for path in paths}
+    if len(reports) < 2:
+        raise ArtifactError("give at least two artifacts of trained models: each is predicted from all others")
+    rows = [["artifact", "weights", "bytes", "predicted from the others", "off by"]]
+    for label, predicted in leave_one_out(reports).items():
+        size = reports[label].file_bytes
+        off = f"{predicted.file_bytes / size - 1:+.2%}"
+        rows.append([label, f"{predicted.n_weights:,}", f"{size:,}", f"{predicted.file_bytes:,}", off])
+    print(format_text_table(rows, left_columns=1))
+    if out:
+        write_atomically(out, write_measured([measure_artifact(label, report) for label, report in reports.items()]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 0, or 2 for a file that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m common.artifact", description="Look into a model artifact.")
@@ -132,8 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect_command = commands.add_parser("inspect", help="print every tensor with its grid and its bytes, then totals")
     inspect_command.add_argument("file", metavar="FILE", help="the artifact")
     budget = commands.add_parser("budget", help="choose every step to fill a budget; print plan and curve")
-    budget.add_argument("weights", metavar="WEIGHTS", help="artifact of float weights")
-    budget.add_argument("statistics", metavar="STATISTICS", help="artifact of NAME/hessian and NAME/sensitivity")
+    budget.add_argument("weights", metavar="WEIGHTS", nargs="?", help="artifact of float weights")
+    budget.add_argument("statistics", metavar="STATISTICS", nargs="?", help="its NAME/hessian and NAME/sensitivity")
+    budget.add_argument("--predict", metavar="LAYOUT", help="instead: JSON of shapes and grids of an untrained model")
+    budget.add_argument("--measured", metavar="FILE", help="with --predict: what `measure` wrote of trained artifacts")
     budget.add_argument("--bytes", type=int, default=CHALLENGE_BUDGET_BYTES, help="for code and weights (%(default)s)")
     budget.add_argument("--code-bytes", type=int, default=0, help="of the code that is counted with them")
     budget.add_argument("--rest", default="bf16", help="grid of tensors without statistics (%(default)s)")
@@ -142,9 +176,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget.add_argument("--points", type=int, default=0, help="halvings and doublings of the loss to add to the curve")
     budget.add_argument("--bytes-per-token", type=float, default=0.0, help="of the text, for expected bpb")
     budget.add_argument("--out", metavar="FILE", help="write the artifact")
+    measure = commands.add_parser("measure", help="what --predict needs of trained artifacts, and how well it does")
+    measure.add_argument("files", metavar="FILE", nargs="+", help="artifacts of trained models")
+    measure.add_argument("--out", metavar="FILE", help="JSON to write")
     options = parser.parse_args(arguments)
+    if options.command == "budget" and (
+        not options.measured or options.weights if options.predict else not (options.weights and options.statistics)
+    ):
+        parser.error("budget takes WEIGHTS and STATISTICS, or --predict LAYOUT and --measured FILE")
     try:
-        inspect_file(options.file) if options.command == "inspect" else fit_file(options)
+        if options.command == "inspect":
+            inspect_file(options.file)
+        elif options.command == "measure":
+            measure_files(options.files, options.out)
+        elif options.predict:
+            predict_file(options)
+        else:
+            fit_file(options)
     except GolfError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

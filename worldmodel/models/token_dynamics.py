@@ -6,7 +6,7 @@ Legend: B batch · T time · N tokens of a frame · D width · V token codes · 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,11 @@ from worldmodel.config import DynamicsConfig, FrameConfig, LamConfig
 from worldmodel.models.blocks import Memory
 from worldmodel.models.dynamics import Dynamics, Scalars
 from worldmodel.models.layers import Stats
+
+
+def standardize_codes(codes_VL: Any) -> Any:
+    """The tokenizer's code vectors (V, L) as the dynamics sees them: mean 0 of each coordinate, one spread of 1."""
+    return (codes_VL - codes_VL.mean(axis=0)) / codes_VL.std().clip(1e-6)
 
 
 class DynamicsOutput(NamedTuple):
@@ -65,8 +70,7 @@ class TokenDynamics(Dynamics):
         self.num_codes = codes_VL.shape[0]
         dim = config.blocks.dim
         if config.tie_codebook:
-            spread = max(float(np.std(codes_VL)), 1e-6)
-            self.codes_VL = Stats(jnp.asarray((codes_VL - codes_VL.mean(axis=0)) / spread, jnp.float32))
+            self.codes_VL = Stats(jnp.asarray(standardize_codes(codes_VL), jnp.float32))
             self.token_in = nnx.Linear(codes_VL.shape[1], dim, use_bias=False, rngs=rngs)
             self.token_table = nnx.Param(jnp.zeros((self.num_codes, dim)))
         else:

@@ -16,6 +16,7 @@ import torch
 
 from common.artifact.container import load_artifact, save_artifact
 from common.errors import ConfigError
+from common.quant.plan import plan_model
 from common.softcap_xent.torch_impl import softcap_torch
 from common.text.tokenizer import load_tokenizer
 from submissions.jepa_mamba.train_gpt import (
@@ -139,6 +140,11 @@ def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: P
     for name in matrices:
         ratio = last.tensors[name].scales[:3] / plan.tensors[name].scales[:3]
         np.testing.assert_allclose(ratio, ratio[0], rtol=0.01)
+    # what is fitted to the grid is the moving average, which does not lie on the grid that training ran on
+    average = {name: trainer.masters.ema[f"lm.{name}"].numpy() for name in matrices}
+    assert not any(np.array_equal(average[n], trainer.masters.master[f"lm.{n}"].detach().numpy()) for n in matrices)
+    refit = plan_model(average, statistics, {}, last.loss_nats, config.rate, trainer.masters.trained_steps())
+    assert all(np.array_equal(refit.tensors[name].codes, last.tensors[name].codes) for name in matrices)
     trainer.masters.rounded = {name: last.tensors[name] for name in last.expected_nats}
     report = export_artifact(tmp_path / "model.artifact", trainer.masters, config, tokenizer, 0.99)
     assert 0.995 * budget_bytes <= report.file_bytes <= budget_bytes
