@@ -189,9 +189,9 @@ def test_matrices_of_one_pair_of_sides_are_one_batch():
     """Standing matrices are laid down: one product for both, and each exchange is waited for after the next batch."""
     seen = []
 
-    def watched(G_BMN, steps, *, dtype=None):
+    def watched(G_BMN, steps, **options):
         seen.append(tuple(G_BMN.shape))
-        return newton_schulz_torch(G_BMN, steps, dtype=dtype)
+        return newton_schulz_torch(G_BMN, steps, **options)
 
     params = make_params()
     take_steps(Muon(params, lr=0.1, newton_schulz=watched), params, 1)
