@@ -1,6 +1,7 @@
 """Paired ablations: `make ablate SPEC=scripts/ablations/NAME.toml DATA=FOLDER`.
 
-    python scripts/ablate.py SPEC --data FOLDER [--out runs/ablations/NAME] [--jobs N] [--only ARM ...] [--report]
+    python scripts/ablate.py SPEC --data FOLDER [--out FOLDER] [--jobs N] [--budgets B ...] [--only ARM ...]
+    python scripts/ablate.py SPEC --data FOLDER --report          # runs nothing, reports what is finished
 
 A spec (TOML) names arms, seeds and budgets; every arm runs once for every seed and budget, in a process of its own.
 
@@ -21,7 +22,9 @@ Intervals and p-values are of the paired t test over seeds (two-sided, 95%); p i
 of arms (Holm). A verdict is *better* or *worse* if the interval excludes 0 and the mean reaches `minimum_effect_bpb`,
 *null* if the interval lies within that effect on both sides, and *undecided* otherwise.
 
-Writes OUT/report.json, report.md, report.png and OUT/runs/BUDGET/ARM-seedN/.
+Writes report.json, report.md, report.png and runs/BUDGET/ARM-seedN/ (into runs/ablations/NAME). `--keep FILE` writes
+the JSON there too, for the repository; it holds the hash of the spec, so that a later change of a preregistered file
+shows.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -85,15 +89,17 @@ class Spec:
     options: dict[str, dict[str, Any]]  # of every arm of an entry
     budgets: dict[str, dict[str, Any]]
     arms: dict[str, dict[str, Any]]
+    sha256: str  # of the file
 
 
 def read_spec(path: Path) -> Spec:
     """Raises ConfigError for a key, arm or entry that cannot be."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        raw = tomllib.loads(data.decode())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"spec {path}: {error}; expected a TOML file such as scripts/ablations/*.toml") from error
-    known = {f.name for f in dataclasses.fields(Spec)}
+    known = {f.name for f in dataclasses.fields(Spec)} - {"sha256"}
     wrong = sorted(set(raw) - known)
     missing = sorted({"name", "reference", "seeds", "budgets", "arms"} - set(raw))
     if wrong or missing:
@@ -103,6 +109,7 @@ def read_spec(path: Path) -> Spec:
         placebo=raw.get("placebo", ""), seeds=tuple(raw["seeds"]), threads=raw.get("threads", 1),
         options=raw.get("options", {}),
         minimum_effect_bpb=raw.get("minimum_effect_bpb", 0.002), budgets=raw["budgets"], arms=raw["arms"],
+        sha256=hashlib.sha256(data).hexdigest(),
     )  # fmt: skip
     rules = {
         "reference must be one of the arms": spec.reference in spec.arms,
@@ -389,7 +396,8 @@ def analyse(spec: Spec, rows: Sequence[dict[str, Any]], planned: int) -> dict[st
             arms[arm]["p_holm"] = p
         budgets[budget] = {"limits": limits, "arms": arms, "placebo": placebo_state(spec, arms)}
     return {
-        "name": spec.name, "about": spec.about, "reference": spec.reference, "placebo": spec.placebo,
+        "name": spec.name, "about": spec.about, "spec_sha256": spec.sha256, "reference": spec.reference,
+        "placebo": spec.placebo,
         "minimum_effect_bpb": spec.minimum_effect_bpb, "seeds": list(spec.seeds), "planned_runs": planned,
         "finished_runs": len(rows), "options": spec.options, "arms": spec.arms, "budgets": budgets,
         "code": {
@@ -526,21 +534,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder of runs and report (runs/ablations/NAME)")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time at most (default: what there is room for)")
     parser.add_argument("--only", nargs="*", default=[], metavar="ARM", help="run these arms and the reference")
+    parser.add_argument("--budgets", nargs="*", default=[], metavar="BUDGET", help="run these budgets")
+    parser.add_argument("--keep", type=Path, default=None, metavar="FILE", help="write report.json there too")
     parser.add_argument("--seeds", nargs="*", type=int, default=[], help="run these seeds of the spec")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is finished")
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(words)
     try:
         spec = read_spec(arguments.spec)
-        unknown = [*(set(arguments.only) - set(spec.arms)), *(set(arguments.seeds) - set(spec.seeds))]
+        asked = ((arguments.only, spec.arms), (arguments.seeds, spec.seeds), (arguments.budgets, spec.budgets))
+        unknown = [str(name) for names, known in asked for name in names if name not in known]
         if unknown:
-            raise ConfigError(f"{', '.join(map(str, unknown))}: no arm or seed of {arguments.spec}")
+            raise ConfigError(f"{', '.join(unknown)}: no arm, seed or budget of {arguments.spec}")
         out = (arguments.out or ROOT / "runs" / "ablations" / spec.name).resolve()
         runs = plan_runs(spec, arguments.data.resolve(), out)
         chosen = [
             run for run in runs
             if (not arguments.only or run.arm in (*arguments.only, spec.reference))
             and (not arguments.seeds or run.seed in arguments.seeds)
+            and (not arguments.budgets or run.budget in arguments.budgets)
         ]  # fmt: skip
         command = shlex.join(["python", "scripts/ablate.py", *words])
         failed: list[str] = []
@@ -553,6 +565,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise ConfigError(f"{out}: another ablation is running there; wait or give another --out") from None
                 failed = execute(spec, chosen, slots_of(spec, arguments.jobs))
         result = write_report(spec, runs, out, command)
+        if arguments.keep is not None:
+            write_atomically(arguments.keep, (out / "report.json").read_bytes())
         for budget in spec.budgets:
             print(f"\n{budget}: {limits_text(spec.budgets[budget])}\n{arm_table(result, budget)}")
         print(f"\nreport: {out / 'report.md'}, {out / 'report.png'}")

@@ -410,7 +410,10 @@ def run(arguments: argparse.Namespace, c: Config, device: torch.device, rank: in
         "params": sum(p.numel() for p in model.parameters()), "clock": c.clock, "seed": c.seed,
         "preset": arguments.preset, "config": dataclasses.asdict(c),
         "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()},
+        "environment": {
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(world)] if device.type == "cuda" else [],
+        },
     }  # fmt: skip
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
     print(f"{folder}: val_bpb {scored['val_bpb']:.4f} (read back), {scored['artifact_bytes']:,} bytes of weights")

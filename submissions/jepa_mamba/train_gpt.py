@@ -631,8 +631,8 @@ class Mamba2(nn.Module):
         self.kernels = kernels
         channels = self.inner + 2 * c.ngroups * c.d_state
         self.in_proj = nn.Linear(c.model_dim, self.inner + channels + self.heads, bias=False)
-        self.dt_proj = nn.Linear(c.model_dim, self.heads, bias=False) if c.dt_apart else None
-        if self.dt_proj is not None:  # the rows that in_proj would have had
+        self.dt_proj = nn.Linear(c.model_dim, self.heads, bias=False, device="meta") if c.dt_apart else None
+        if self.dt_proj is not None:  # takes the rows that in_proj would have had, and no random draws
             rest_RD, dt_HD = self.in_proj.weight.detach().split([self.inner + channels, self.heads])
             self.dt_proj.weight = nn.Parameter(dt_HD.clone())
             self.in_proj = nn.Linear(c.model_dim, len(rest_RD), bias=False, device="meta")
@@ -1645,14 +1645,14 @@ def adapted_nll(
 ) -> tuple[np.ndarray, int]:
     """Score-first test-time training: every chunk is scored with carried state, then learned from, in order.
 
-    Momentum descent (0.9, gradient norm at most 1) on the float32 weights, one step a chunk, in windows of the training
-    length. Every rank adapts weights of its own to its own run of documents; all are as before afterwards.
+    Momentum descent (0.9, gradient norm at most 1) on float32 weights, one step a chunk, on all of its windows of the
+    training length at once. Every rank adapts weights of its own to its own documents; all are as before afterwards.
 
     Returns: as `token_nll`; a token that is learned from counts as three more.
     """
     parameters, length = list(lm.parameters()), config.eval_seq_len or config.train_seq_len
     before = [p.detach().clone() for p in parameters]
-    weights = [p.detach().float() for p in before]
+    weights = [p.to(torch.float32, copy=True) for p in before]
     momenta = [torch.zeros_like(w) for w in weights]
     ids_n, document_n = stream_of(tokens, bos_id)
     nll_n = torch.zeros(len(tokens) - 1, dtype=torch.float64, device=ranks.device)
@@ -1669,19 +1669,14 @@ def adapted_nll(
                     )
                     nll_n[start : span[1]] = nll_BT[0].double()
             with torch.enable_grad():
-                rows = max(1, config.micro_batch_tokens // config.train_seq_len)
                 width = min(config.train_seq_len, stop - chunk)
-                spans = [(start, start + width) for start in range(chunk, stop - width + 1, width)]
-                for group in (spans[i : i + rows] for i in range(0, len(spans), rows)):
-                    x_BT = torch.stack([ids_n[start:end] for start, end in group]).to(ranks.device)
-                    y_BT = torch.stack([ids_n[start + 1 : end + 1] for start, end in group]).to(ranks.device)
-                    ids_BT = torch.stack([document_n[start:end] for start, end in group]).to(ranks.device)
-                    head, weight, bias = lm.head(lm.encode(x_BT, ids_BT)[0])
-                    cap, kind = config.logit_softcap, lm.softcap_kind
-                    loss = lm.kernels.softcap_xent(
-                        head, weight, bias, y_BT.reshape(-1), cap=cap, kind=kind, z_weight=0.0
-                    )[0]
-                    (loss * len(group) / len(spans)).backward()
+                count = (stop - chunk) // width * width
+                pieces = (ids_n[chunk:], ids_n[chunk + 1 :], document_n[chunk:])
+                x_BT, y_BT, ids_BT = (piece[:count].view(-1, width).to(ranks.device) for piece in pieces)
+                head, weight, bias = lm.head(lm.encode(x_BT, ids_BT)[0])
+                cap, kind = config.logit_softcap, lm.softcap_kind
+                y_N = y_BT.reshape(-1)
+                lm.kernels.softcap_xent(head, weight, bias, y_N, cap=cap, kind=kind, z_weight=0.0)[0].backward()
             gradients = [torch.zeros_like(w) if p.grad is None else p.grad.float() for w, p in zip(weights, parameters)]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
             torch._foreach_mul_(momenta, 0.9)
@@ -1691,7 +1686,7 @@ def adapted_nll(
                 for parameter, learned in zip(parameters, weights, strict=True):
                     parameter.copy_(learned)
                     parameter.grad = None
-            computed += (stop - chunk) + 3 * len(spans) * width
+            computed += (stop - chunk) + 3 * count
             if pace is not None:
                 pace.check(computed * ranks.world)
     finally:
@@ -2252,7 +2247,7 @@ def score_artifact(command: Command, artifact: str | Path, pattern: str, ranks: 
     given = command.config
     lm, config, meta = load_model(artifact, given.kernels, ranks)
     always = ("eval_seconds", "eval_tokens_per_s")
-    scoring = (*SCORING_FIELDS, "eval_lanes", "val_batch_size", "micro_batch_tokens", "tokenizer_path")
+    scoring = (*SCORING_FIELDS, "eval_lanes", "val_batch_size", "tokenizer_path")
     chosen = [*always, *(name for name in scoring if name in command.given)]
     config = replace(config, **{name: getattr(given, name) for name in chosen})
     check_config(config)
@@ -2682,16 +2677,16 @@ def eta_text(at: Progress, config: Config) -> str:
     return f"{int(left_s) // 60}:{int(left_s) % 60:02d}"
 
 
-def read_clock(run: str) -> dict[int, Progress]:
-    """Where another run stood before each of its steps, by its log. Raises ConfigError."""
+def read_clock(run: str) -> list[Progress]:
+    """Where another run stood before each of its steps and after the last, by its log. Raises ConfigError."""
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise ConfigError(f"clock_from: {path} does not exist; give the folder of a run that the clock limited")
     events = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     readings = {e["step"]: e for e in events if e["event"] == "clock"}
-    if not readings:
+    if len(readings) < 2 or sorted(readings) != list(range(len(readings))):
         raise ConfigError(f"clock_from: {path} has no clock readings; max_wallclock_seconds did not limit that run")
-    return {step: Progress(step, e["elapsed_s"], e["reserved_s"]) for step, e in readings.items()}
+    return [Progress(step, readings[step]["elapsed_s"], readings[step]["reserved_s"]) for step in sorted(readings)]
 
 
 class Run:
@@ -2712,7 +2707,7 @@ class Run:
                 computed = tokens_to_compute(self.validation.tokens, config, mode, self.tokenizer.bos_id, ranks.world)
                 declared = "as declared by eval_tokens_per_s"
                 check_evaluation(mode, computed, config.eval_tokens_per_s, config, declared)
-        self.readings = read_clock(config.clock_from) if config.clock_from else None
+        self.readings = read_clock(config.clock_from) if config.clock_from else []
         self.batch_rows = config.train_batch_tokens // config.train_seq_len
         if self.batch_rows % ranks.world:
             raise ConfigError(f"train_batch_tokens is {self.batch_rows} windows, not a multiple of {ranks.world} ranks")
@@ -2757,10 +2752,10 @@ class Run:
             clock = Clock(self.ranks, config.clock, self.at.elapsed_s, interruption)
             clock.start()
             while self.at.step < config.iterations:
-                if self.readings is not None:
-                    if self.at.step not in self.readings:
-                        break
+                if self.readings:
                     self.at = self.readings[self.at.step]
+                    if self.at.step == len(self.readings) - 1:
+                        break
                 elif 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + self.at.reserved_s:
                     break
                 if config.max_wallclock_seconds > 0:
@@ -2777,8 +2772,8 @@ class Run:
                 self.loader_state = batch.loader_state
                 elapsed_s, interrupted = clock.step_done()
                 last_step_s = elapsed_s - self.at.elapsed_s
-                self.at = self.at._replace(step=self.at.step + 1, elapsed_s=elapsed_s)
-                step = self.at.step
+                step = self.at.step + 1
+                self.at = self.readings[step] if self.readings else self.at._replace(step=step, elapsed_s=elapsed_s)
                 if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
                     self.log(losses, batch, logged, console)
                     logged = self.at
@@ -2788,7 +2783,8 @@ class Run:
                 )
                 measuring = config.latent_log_every > 0 and step % config.latent_log_every == 0 and config.jepa_on
                 if saving or validating or measuring or interrupted:  # none of these teaches the model
-                    self.at = self.at._replace(elapsed_s=clock.stop())
+                    stopped_s = clock.stop()
+                    self.at = self.at if self.readings else self.at._replace(elapsed_s=stopped_s)
                     if saving or interrupted:
                         self.checkpoint()
                     if interrupted:
@@ -2800,6 +2796,8 @@ class Run:
                         found = self.trainer.measure_latents(batch, self.at)
                         self.folder.event(event="latents", step=step, **found)
                     clock.start()
+            if config.max_wallclock_seconds > 0:
+                self.folder.event(event="clock", **self.at._asdict())  # the last reading: there is no step after it
             temperature = 1.0
             if config.free_steps:
                 plan = self.choose_steps(prefetcher, keep=True)
