@@ -24,7 +24,7 @@ SPECS = ROOT / "scripts" / "ablations"
 KEPT = ROOT / "benchmarks" / "ablations"
 DOCUMENT = ROOT / "submissions" / "jepa_mamba" / "TO_JEPA_OR_NOT.md"
 PRIMARY = "time"  # the budget in which an arm pays for its objective
-STUDIES = ("jepa_mini", "jepa_forms_mini", "jepa_forms_confirm")
+STUDIES = ("jepa_mini", "jepa_forms_mini", "jepa_forms_confirm", "jepa_h200")
 CONTROLS = ("placebo", "shuffled", "sigreg_only")  # arms that cannot make latent prediction the default
 LATENTS = {
     "jepa_gradient_over_ce": "JEPA / CE gradient", "sigreg_gradient_over_ce": "SIGReg / CE gradient",
@@ -63,10 +63,11 @@ def answer(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     candidates = found.get("jepa_forms_mini", [])
     confirmed = [arm for arm in found.get("jepa_forms_confirm", []) if arm in candidates]
     best = [*found["jepa_mini"], *confirmed]
+    at_size = f" On one H200: {', '.join(found['jepa_h200']) or 'none'}." if "jepa_h200" in found else ""
     if best:
-        return f"**To JEPA**: {', '.join(f'`{arm}`' for arm in best)} met the preregistered rule."
+        return f"**To JEPA**: {', '.join(f'`{arm}`' for arm in best)} met the preregistered rule.{at_size}"
     more = f" The search names {', '.join(candidates)}, not confirmed." if candidates else ""
-    return f"**Not to JEPA**: no arm of the main study met the preregistered rule. `best_*` have it off.{more}"
+    return f"**Not to JEPA**: no arm of the main study met the preregistered rule. `best_*` have it off.{more}{at_size}"
 
 
 def latent_table(result: Mapping[str, Any], budget: str) -> str:
@@ -96,7 +97,8 @@ def study(spec: Spec, path: Path, result: Mapping[str, Any] | None) -> list[str]
         f"{spec.minimum_effect_bpb} bpb; reference `{spec.reference}`, placebo `{spec.placebo}`; every arm has {every}."
     )
     parts.append(f"| arm | options |\n| --- | --- |\n{arms}")
-    command = f"make ablate SPEC={file} DATA=data/english-docs-ablate"
+    data = "english-docs-bpe8192" if spec.name.endswith("h200") else "english-docs-ablate"
+    command = f"make ablate SPEC={file} DATA=data/{data}"
     keep = f"ARGS='--keep benchmarks/ablations/{spec.name}.json'"
     parts.append(f"```\n{command} {keep}\nmake jepa-answer\n```")
     if result is None or not result["finished_runs"]:

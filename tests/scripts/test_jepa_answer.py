@@ -35,7 +35,7 @@ def report(spec, effect: dict[str, float], seeds=None) -> dict[str, Any]:
 def test_without_runs_it_says_so() -> None:
     text = document({})
     assert "**No runs yet.**" in text
-    assert text.count("\nNo runs yet.") == 3
+    assert text.count("\nNo runs yet.") == 4
     assert "| stop_gradient | jepa_weight 0.1, sigreg_lambda 0.1, detach_targets 1 |" in text
     assert "seeds 1, 2, 3, 4, 5; smallest effect 0.002 bpb" in text
 
