@@ -1526,15 +1526,19 @@ def check_evaluation(mode: str, tokens: int, tokens_per_s: float, config: Config
 
 
 class Pace:
-    """Projects how long a mode will take from how it goes, where no other hardware is declared."""
+    """Projects how long a mode will take from how it goes, where no other hardware is declared.
 
-    def __init__(self, mode: str, planned_tokens: int, config: Config) -> None:
+    On a CPU it goes by processor seconds over threads: what this machine needs if it does nothing else.
+    """
+
+    def __init__(self, mode: str, planned_tokens: int, config: Config, device: torch.device) -> None:
         self.mode, self.planned_tokens, self.config = mode, planned_tokens, config
-        self.started_s = time.perf_counter()
+        self.kind, self.shared_by = ("cpu", torch.get_num_threads()) if device.type == "cpu" else ("wall", 1)
+        self.started_s = seconds_now(self.kind)
 
     def check(self, computed: int) -> None:
         """Raises ConfigError if, after a twentieth of eval_seconds, the rest would not fit into the rest."""
-        seconds = time.perf_counter() - self.started_s
+        seconds = (seconds_now(self.kind) - self.started_s) / self.shared_by
         if self.config.eval_tokens_per_s == 0 and seconds > self.config.eval_seconds / 20:
             check_evaluation(self.mode, self.planned_tokens, computed / seconds, self.config, "as measured here")
 
@@ -1729,7 +1733,7 @@ def score_tokens(
     planned = tokens_to_compute(tokens, config, mode, bos_id, ranks.world)
     if config.eval_tokens_per_s > 0:
         check_evaluation(mode, planned, config.eval_tokens_per_s, config, "as declared by eval_tokens_per_s")
-    started_s, pace = time.perf_counter(), Pace(mode, planned, config)
+    started_s, pace = time.perf_counter(), Pace(mode, planned, config, ranks.device)
     if mode == "ttt":
         nll_n, computed = adapted_nll(
             lm, tokens, config, bos_id=bos_id, temperature=temperature, ranks=ranks, pace=pace

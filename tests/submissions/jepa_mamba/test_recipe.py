@@ -350,8 +350,8 @@ def test_a_mode_that_takes_too_long_is_refused(byte_data: Path, tmp_path: Path, 
     assert "eval mode sliding" in capsys.readouterr().err
     assert not (tmp_path / "slow").exists(), "refused before anything is trained"
     clock = iter([0.0, 29.0, 31.0])
-    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: next(clock))
-    pace = Pace("sliding", 100_000, tiny(eval_seconds=600.0))
+    monkeypatch.setattr(train_gpt, "seconds_now", lambda kind: next(clock) * torch.get_num_threads())
+    pace = Pace("sliding", 100_000, tiny(eval_seconds=600.0), ALONE.device)
     pace.check(10)  # too early to tell
     with pytest.raises(ConfigError, match="as measured here"):
         pace.check(1000)
