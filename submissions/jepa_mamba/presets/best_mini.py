@@ -3,19 +3,23 @@
 Command: make golf-mini CORPUS=FOLDER
    or    python submissions/jepa_mamba/train_gpt.py --preset best_mini --data_path DATA
 Cost: 600 s of training on two cores by the clock; some minutes of scoring beside it, 2 GB of memory.
-Expected: not measured yet.
+Expected: not measured yet; about 450 kB by counting weights (0.94M, of them 0.80M int4 and 0.13M FP8).
+
+Against seed_mini: no latent objectives, feed-forward in every block, two attention layers, slower heads from the
+start, the parts of in_proj orthogonalised apart, documents isolated, small batches for more steps, a long warmdown,
+scored in one pass.
 """
 
 PRESET = {
     "tokenizer": "bpe",
     "vocab_size": 1024,
     "model_dim": 128,
-    "num_layers": 6,
+    "num_layers": 5,
     "d_state": 32,
     "headdim": 32,
     "a_init_min": 0.1,
     "a_init_max": 4.0,
-    "attn_layers": "2,4",
+    "attn_layers": "1,3",
     "attn_headdim": 32,
     "chunk_size": 32,
     "mlp_every": 1,
