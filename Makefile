@@ -43,9 +43,9 @@ demo: $(STAMP)  ## train a small model on the standard library's text, export it
 
 .PHONY: golf-mini golf-h200
 golf-mini: $(STAMP)  ## a track: two cores, 600 s, 500,000 bytes; prints its place (CORPUS=text, ARGS='--seed 1'); twice: the same bits
-	$(PY) scripts/golf.py mini $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
+	PYTHONPATH=. $(PY) scripts/golf.py mini $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
 golf-h200: $(STAMP)  ## a track: one H200, 600 s, 16,000,000 bytes (CORPUS=text)
-	$(PY) scripts/golf.py h200 $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
+	PYTHONPATH=. $(PY) scripts/golf.py h200 $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
 
 .PHONY: leaderboard
 leaderboard: $(STAMP)  ## write submissions/leaderboards (TRACK=mini, RUNS='runs/a runs/b', DATA=folder)
