@@ -13,7 +13,8 @@ How the parts fit together:
     compute dtype. `Masters.publish` writes them once a step, so training, validation and export see one and the same
     grid.
   * Everything random is a function of (seed, step): a checkpoint needs no generator state, a resumed run is the run.
-  * The clock counts every second that can teach the model: steps, moving averages, temperature search.
+  * The clock counts every second that can teach the model: steps, moving averages, temperature search. Its readings
+    are in the log, and a run that is given them (`clock_from`) repeats the run that took them bit for bit.
   * A score is a result only if it was read back from the artifact on disk (`summary.json`: val_bpb).
 
 Letters of shape suffixes: B batch, T time, D model dim, E embedding dim, V vocabulary, N = B*T rows, H heads, P head
@@ -51,6 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from common.artifact.budget import CHALLENGE_BUDGET_BYTES, SizeReport, check_budget, format_size_table
 from common.artifact.container import encode_artifact, load_artifact, save_artifact
@@ -62,7 +64,7 @@ from common.errors import CheckpointError, ConfigError, GolfError, ShardError, T
 from common.files import write_atomically
 from common.gated_norm.torch_impl import gated_rms_norm_torch
 from common.gated_norm.triton_impl import gated_rms_norm_triton
-from common.optim.muon import Muon, newton_schulz_torch
+from common.optim.muon import NEWTON_SCHULZ_POLYNOMIALS, Muon, newton_schulz_torch
 from common.optim.triton_impl import newton_schulz_triton
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import GridSpec, QuantizedTensor, dequantize
@@ -117,6 +119,10 @@ class Config:
     compile_model: bool = option(False, "torch.compile the loss; the warmup steps pay for compilation")
     cuda_graphs: bool = option(False, "capture the whole step in a CUDA graph and replay it")
     budget_bytes: int = option(CHALLENGE_BUDGET_BYTES, "code + artifact may not exceed this; 0: no limit")
+    clock: str = option(
+        "wall", "wall: seconds that pass; cpu: seconds of processor time, whatever else runs", ("wall", "cpu")
+    )
+    clock_from: str = option("", "run folder whose clock readings decide instead of new ones: the same run again")
     # Data
     tokenizer: str = option("bpe", "byte: 256 byte values; bpe: a SentencePiece model", ("byte", "bpe"))
     tokenizer_path: str = option("", "SentencePiece model; empty: DATA_PATH/tokenizer.model")
@@ -138,6 +144,9 @@ class Config:
     attn_layers: str = option("", "comma-separated blocks whose mixer is causal attention instead of the scan")
     attn_headdim: int = option(64, "head dimension of attention layers")
     attn_window: int = option(0, "tokens an attention layer sees; 0: train_seq_len")
+    dt_apart: bool = option(False, "dt has a matrix of its own instead of rows of in_proj, kept at 8 bits")
+    repeat_blocks: str = option("", "comma-separated neighbouring blocks that run a second time, with the same weights")
+    parallel_residual: bool = option(False, "mixer and feed-forward of a block read the same input")
     mlp_mult: int = option(4, "feed-forward width over model_dim; 0: no feed-forward")
     mlp_every: int = option(2, "every n-th block has a feed-forward, from block 0")
     activation: str = option("relu2", "feed-forward activation", ("relu2", "leaky_relu2", "swiglu"))
@@ -160,15 +169,24 @@ class Config:
     jepa_steps: int = option(3, "latent rollout length")
     projector_type: str = option("linear", "h -> z", ("linear", "mlp"))
     predictor_hidden_mult: int = option(4, "hidden width of the predictor over model_dim")
+    jepa_stride: int = option(1, "tokens that one step of the rollout goes ahead")
+    jepa_layer: int = option(0, "z is made after this many blocks; 0: of the final hidden state")
+    jepa_until: float = option(0.0, "latent prediction and SIGReg fade to 0 by this fraction of the run; 0: they stay")
+    jepa_shuffle: bool = option(False, "placebo: the targets are latents of other positions of other windows")
     detach_targets: bool = option(False, "stop the gradient at the predicted z")
     sigreg_lambda: float = option(1.0, "weight of SIGReg")
     sigreg_mode: str = option("timestep", "statistic per position or over all positions", ("timestep", "pooled"))
+    sigreg_form: str = option(
+        "waves", "waves: sliced test of the distribution; covariance: of its two moments", ("waves", "covariance")
+    )
     sigreg_timesteps: int = option(64, "positions drawn a step for SIGReg; 0: all")
     sigreg_knots: int = option(17, "quadrature knots of SIGReg")
     sigreg_num_proj: int = option(0, "random projections of SIGReg; 0: twice the embedding width")
     sigreg_schedule: bool = option(False, "ramp sigreg_lambda from 0 over the first 30% of the run")
     # Training
     train_seq_len: int = option(1024, "tokens a training window")
+    seq_len_start: int = option(0, "windows start at this length and double up to train_seq_len; 0: no schedule")
+    seq_len_full_at: float = option(0.5, "fraction of the run from which windows have train_seq_len")
     train_batch_tokens: int = option(524288, "tokens a step over all ranks")
     micro_batch_tokens: int = option(65536, "tokens a forward pass of one rank at most")
     iterations: int = option(100000, "steps at most")
@@ -187,6 +205,8 @@ class Config:
     muon_momentum_warmup_start: float = option(0.85, "Muon momentum at step 0")
     muon_momentum_warmup_steps: int = option(500, "steps of momentum warmup")
     muon_backend_steps: int = option(3, "Newton-Schulz iterations")
+    muon_normalize_rows: bool = option(True, "rows of the momentum have one size before Newton-Schulz (MuonEq-R)")
+    muon_polynomial: str = option("jordan", "coefficients of Newton-Schulz", ("jordan", "polar_express"))
     muon_split_in_proj: bool = option(False, "orthogonalise the z, x, B, C, dt rows of in_proj apart")
     muon_wd: float = option(0.04, "decoupled weight decay of matrices")
     adam_wd: float = option(0.05, "decoupled weight decay of the embedding; vectors have none")
@@ -211,13 +231,18 @@ class Config:
     val_loss_every: int = option(5000, "steps between validations of the weights that would ship; 0: only at the end")
     val_max_tokens: int = option(0, "tokens of a periodic validation; 0: all. Final scores always cover all")
     val_batch_size: int = option(65536, "tokens a forward pass of scoring, per rank")
-    eval_modes: str = option("standard", "comma-separated: standard, sliding, carried; the first gives val_bpb")
+    eval_modes: str = option("standard", "comma-separated: standard, sliding, carried, ttt; the first gives val_bpb")
     eval_seq_len: int = option(0, "tokens a scoring window; 0: train_seq_len")
     sliding_eval_stride: int = option(16, "tokens scored a sliding window")
     eval_lanes: int = option(8, "documents scored side by side in carried mode (needs document_reset)")
+    eval_seconds: float = option(600.0, "a mode that would take longer is refused; 0: no limit")
+    eval_tokens_per_s: float = option(0.0, "tokens that the declared hardware computes a second; 0: measured here")
+    ttt_lr: float = option(0.01, "ttt: step size of the stochastic gradient descent on scored text")
+    ttt_chunk_tokens: int = option(8192, "ttt: tokens that are scored, then learned from, at a time")
     temp_scaling: bool = option(True, "search a softmax temperature on training text, inside the clock")
     temp_calib_tokens: int = option(65536, "training tokens of the temperature search")
     jepa_diagnostics: bool = option(True, "measure the latent space at the end")
+    latent_log_every: int = option(0, "steps between measurements of the latent objectives, off the clock; 0: none")
     # Logs and checkpoints
     train_log_every: int = option(100, "steps between log lines")
     checkpoint_every: int = option(0, "steps between checkpoints; 0: none")
@@ -225,6 +250,12 @@ class Config:
 
     def attention_blocks(self) -> frozenset[int]:
         return frozenset(int(i) if i.strip().isdecimal() else -1 for i in self.attn_layers.split(",") if i.strip())
+
+    def block_order(self) -> tuple[int, ...]:
+        """Blocks as they run: those of repeat_blocks a second time after their last."""
+        again = [int(i) for i in self.repeat_blocks.split(",") if i.strip()]
+        last = again[-1] + 1 if again else self.num_layers
+        return (*range(last), *again, *range(last, self.num_layers))
 
     def modes(self) -> list[str]:
         return [mode.strip() for mode in self.eval_modes.split(",") if mode.strip()]
@@ -246,18 +277,20 @@ class Config:
 MODEL_FIELDS = (
     *("vocab_size", "model_dim", "num_layers", "d_state", "d_conv", "expand", "headdim", "ngroups", "attn_layers"),
     *("attn_headdim", "attn_window", "mlp_mult", "mlp_every", "activation", "unet_skips", "x0_mix", "document_reset"),
+    *("dt_apart", "repeat_blocks", "parallel_residual"),
     *("embed_dim", "tie_embeddings", "vocab_bias", "logit_softcap", "softcap_type", "train_seq_len"),
 )
-SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride")
+SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride", "ttt_lr", "ttt_chunk_tokens")
 # What may differ between a run and its resumption.
 RESUME_FREE_FIELDS = frozenset(
     {
         *("runs_dir", "device", "kernels", "compile_model", "cuda_graphs", "data_path", "tokenizer_path"),
         "micro_batch_tokens",
+        *("eval_seconds", "eval_tokens_per_s", "latent_log_every"),
         *("val_batch_size", "train_log_every", "checkpoint_every", "checkpoint_keep", "eval_lanes", "warmup_steps"),
     }
 )
-EVAL_MODES = ("standard", "sliding", "carried")
+EVAL_MODES = ("standard", "sliding", "carried", "ttt")
 PRESETS_FOLDER = "presets"
 
 
@@ -340,6 +373,7 @@ AT_LEAST_ONE = (
         "checkpoint_keep",
     ),
     *("val_batch_size", "sliding_eval_stride", "eval_lanes", "temp_calib_tokens", "predictor_hidden_mult"),
+    *("jepa_stride", "ttt_chunk_tokens"),
 )
 
 
@@ -358,6 +392,8 @@ def check_config(config: Config) -> None:
         if kind in (int, float) and not least <= value < 2**53:
             raise ConfigError(f"{f.name} is {value}; it must be finite and at least {least}")
     c, layers = config, config.attention_blocks()
+    again = [int(i) if i.strip().isdecimal() else -1 for i in c.repeat_blocks.split(",") if i.strip()]
+    doublings = c.train_seq_len // c.seq_len_start if c.seq_len_start else 1
     rules = [
         ((c.expand * c.model_dim) % c.headdim == 0, "headdim must divide expand * model_dim"),
         ((c.expand * c.model_dim // c.headdim) % c.ngroups == 0, "ngroups must divide the number of heads"),
@@ -368,7 +404,21 @@ def check_config(config: Config) -> None:
         (all(0 <= i < c.num_layers for i in layers), "attn_layers are block numbers that must lie below num_layers"),
         (c.tokenizer != "byte" or c.vocab_size == 256, "byte mode has a vocabulary of 256"),
         (c.ce_weight > 0 or c.jepa_on, "at least one objective must have weight"),
-        (c.jepa_weight == 0 or 0 < c.jepa_steps < c.train_seq_len, "0 < jepa_steps < train_seq_len"),
+        (
+            c.jepa_weight == 0 or 0 < c.jepa_steps * c.jepa_stride < (c.seq_len_start or c.train_seq_len),
+            "0 < jepa_steps * jepa_stride < train_seq_len (or seq_len_start)",
+        ),
+        (c.jepa_layer <= c.num_layers, "jepa_layer may not exceed num_layers"),
+        (
+            not again or (again == list(range(again[0], again[-1] + 1)) and again[0] >= 0 and again[-1] < c.num_layers),
+            "repeat_blocks are block numbers below num_layers, one after the other",
+        ),
+        (
+            doublings.bit_count() == 1 and c.seq_len_start * doublings == (c.train_seq_len if c.seq_len_start else 0),
+            "train_seq_len must be seq_len_start times a power of two",
+        ),
+        (c.jepa_until <= 1 and c.seq_len_full_at <= 1, "fractions lie in [0, 1]"),
+        (not c.clock_from or c.max_wallclock_seconds > 0, "clock_from needs the max_wallclock_seconds of that run"),
         (c.warmdown_by != "time" or c.max_wallclock_seconds > 0, "warmdown_by=time needs max_wallclock_seconds"),
         (c.warmdown_fraction <= 1 and c.qat_fraction <= 1 and c.ema_start_fraction <= 1, "fractions lie in [0, 1]"),
         (c.free_qat_fraction <= c.qat_fraction, "free_qat_fraction may not exceed qat_fraction"),
@@ -582,6 +632,12 @@ class Mamba2(nn.Module):
         self.kernels = kernels
         channels = self.inner + 2 * c.ngroups * c.d_state
         self.in_proj = nn.Linear(c.model_dim, self.inner + channels + self.heads, bias=False)
+        self.dt_proj = nn.Linear(c.model_dim, self.heads, bias=False, device="meta") if c.dt_apart else None
+        if self.dt_proj is not None:  # takes the rows that in_proj would have had, and no random draws
+            rest_RD, dt_HD = self.in_proj.weight.detach().split([self.inner + channels, self.heads])
+            self.dt_proj.weight = nn.Parameter(dt_HD.clone())
+            self.in_proj = nn.Linear(c.model_dim, len(rest_RD), bias=False, device="meta")
+            self.in_proj.weight = nn.Parameter(rest_RD.clone())
         convolution = nn.Conv1d(channels, channels, c.d_conv, groups=channels)  # for its initialisation
         self.conv_weight = nn.Parameter(convolution.weight.detach().squeeze(1).clone())
         self.conv_bias = nn.Parameter(convolution.bias.detach().clone())  # pyright: ignore[reportOptionalMemberAccess]
@@ -594,9 +650,9 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.inner, c.model_dim, bias=False)
 
     def row_splits(self) -> tuple[int, ...]:
-        """Rows of in_proj by kind: z, x, B, C, dt."""
+        """Rows of in_proj by kind: z, x, B, C, and dt unless it is apart."""
         groups = self.ngroups * self.d_state
-        return (self.inner, self.inner, groups, groups, self.heads)
+        return (self.inner, self.inner, groups, groups, *([] if self.dt_proj is not None else [self.heads]))
 
     def empty_state(self, batch: int, like: Tensor) -> LayerState:
         conv_BDS = like.new_zeros(batch, self.conv_weight.shape[0], self.conv_weight.shape[1] - 1)
@@ -608,7 +664,8 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         batch, time_, _ = u_BTD.shape
         groups = self.ngroups * self.d_state
-        z_BTI, conv_BTC, dt_BTH = self.in_proj(u_BTD).split([self.inner, self.inner + 2 * groups, self.heads], dim=-1)
+        projected = self.in_proj(u_BTD).split([self.inner, self.inner + 2 * groups, *self.row_splits()[4:]], dim=-1)
+        z_BTI, conv_BTC, dt_BTH = projected if self.dt_proj is None else (*projected, self.dt_proj(u_BTD))
         conv_BTC, conv_state_BCS = self.kernels.causal_conv1d(
             conv_BTC,
             self.conv_weight.to(u_BTD.dtype),
@@ -731,7 +788,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x0 mix -> + scaled mixer(norm(x)) -> + scaled feed-forward(norm(x))."""
+    """x0 mix -> + scaled mixer(norm(x)) -> + scaled feed-forward(norm(x)), of the same x if they are parallel."""
 
     def __init__(self, config: Config, index: int, kernels: Kernels) -> None:
         super().__init__()
@@ -742,6 +799,7 @@ class Block(nn.Module):
         has_mlp = config.mlp_mult > 0 and config.mlp_every > 0 and index % config.mlp_every == 0
         self.mlp = FeedForward(config, kernels) if has_mlp else None
         self.mlp_scale = nn.Parameter(ones_D.clone()) if has_mlp else None
+        self.parallel = config.parallel_residual
 
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor, documents: Documents | None, state: LayerState | None
@@ -749,10 +807,11 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             mix_2D = self.resid_mix.to(x_BTD.dtype)
             x_BTD = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
-        mixed_BTD, new_state = self.mixer(rms_norm_torch(x_BTD, 1e-6), documents, state)
+        normed_BTD = rms_norm_torch(x_BTD, 1e-6)
+        mixed_BTD, new_state = self.mixer(normed_BTD, documents, state)
         x_BTD = torch.addcmul(x_BTD, self.mixer_scale.to(x_BTD.dtype), mixed_BTD)
         if self.mlp is not None and self.mlp_scale is not None:
-            fed_BTD = self.mlp(rms_norm_torch(x_BTD, 1e-6))
+            fed_BTD = self.mlp(normed_BTD if self.parallel else rms_norm_torch(x_BTD, 1e-6))
             x_BTD = torch.addcmul(x_BTD, self.mlp_scale.to(x_BTD.dtype), fed_BTD)
         return x_BTD, new_state
 
@@ -770,7 +829,8 @@ class LanguageModel(nn.Module):
         reverse = factored and c.tie_embeddings in (1, 2)
         self.embed_proj_rev = nn.Linear(c.model_dim, c.effective_embed_dim, bias=False) if reverse else None
         self.kernels = kernels
-        self.encoder_layers = c.num_layers // 2
+        self.order = c.block_order()
+        self.encoder_layers = len(self.order) // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, c.model_dim)) if c.unet_skips else None
         self.blocks = nn.ModuleList(Block(c, i, kernels) for i in range(c.num_layers))
         self.vocab_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.vocab_bias else None
@@ -782,15 +842,21 @@ class LanguageModel(nn.Module):
 
     def empty_state(self, batch: int) -> StreamState:
         like = self.embed_proj.weight if self.embed_proj is not None else self.token_embed.weight
-        return StreamState(tuple(block.mixer.empty_state(batch, like) for block in self.blocks), None)  # pyright: ignore
+        states = (self.blocks[i].mixer.empty_state(batch, like) for i in self.order)  # pyright: ignore
+        return StreamState(tuple(states), None)
 
     def encode(
-        self, ids_BT: Tensor, document_ids_BT: Tensor | None = None, state: StreamState | None = None
+        self,
+        ids_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        state: StreamState | None = None,
+        taps: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, StreamState]:
         """Token ids -> normalised hidden states h (B, T, D) and the state after the last token.
 
         Args: ids (B, T) int64 in [0, V); document_ids (B, T) integers, used only if the configuration resets at
-        documents; state of the preceding window of the same streams, or None at the start of a stream.
+        documents; state of the preceding window of the same streams, or None at the start of a stream; taps is filled
+        with what each block gives out, by the number of blocks behind it.
         """
         documents = None
         if self.config.document_reset and document_ids_BT is not None:
@@ -801,12 +867,14 @@ class LanguageModel(nn.Module):
         x_BTD = x0_BTD = rms_norm_torch(x_BTD, 1e-12)  # embeddings are small: eps must not show
         skips: list[Tensor] = []
         layers: list[LayerState] = []
-        for i, block in enumerate(self.blocks):
+        for i, index in enumerate(self.order):
             if i >= self.encoder_layers and skips and self.skip_weights is not None:
                 weight_D = self.skip_weights[i - self.encoder_layers].to(x_BTD.dtype)
                 x_BTD = torch.addcmul(x_BTD, weight_D, skips.pop())
-            x_BTD, layer_state = block(x_BTD, x0_BTD, documents, state.layers[i] if state else None)
+            x_BTD, layer_state = self.blocks[index](x_BTD, x0_BTD, documents, state.layers[i] if state else None)
             layers.append(layer_state)
+            if taps is not None:
+                taps[index + 1] = x_BTD
             if i < self.encoder_layers:
                 skips.append(x_BTD)
         remembered = None
@@ -886,16 +954,35 @@ class JepaHead(nn.Module):
     def predict(self, z_BTD: Tensor) -> Tensor:
         return self.pred_proj(self.predictor_out(F.gelu(self.predictor_in(z_BTD))))
 
-    def prediction_loss(self, z_BTD: Tensor, steps: int, detach_targets: bool) -> Tensor:
-        """Mean over k = 1..steps of the mean squared error of the k-fold rollout against z_{t+k}."""
+    def prediction_loss(self, z_BTD: Tensor, config: Config) -> Tensor:
+        """Mean over k = 1..jepa_steps of the squared error of the k-fold rollout against z_{t + k * jepa_stride}."""
+        batch, time_, _ = z_BTD.shape
+        goal_BTD = z_BTD.detach() if config.detach_targets else z_BTD
+        if config.jepa_shuffle:  # the next window, half a window away: as good a latent, but of nothing that follows
+            goal_BTD = goal_BTD.roll((1 % batch, time_ // 2), (0, 1))
         losses = []
-        rolled_BTD = z_BTD[:, :-1]
-        for k in range(1, steps + 1):
-            target_BTD = z_BTD[:, k:].detach() if detach_targets else z_BTD[:, k:]
-            rolled_BTD = self.predict(rolled_BTD)[:, : target_BTD.shape[1]]
+        rolled_BTD = z_BTD
+        for k in range(1, config.jepa_steps + 1):
+            target_BTD = goal_BTD[:, k * config.jepa_stride :]
+            rolled_BTD = self.predict(rolled_BTD[:, : target_BTD.shape[1]])
             losses.append(F.mse_loss(rolled_BTD.float(), target_BTD.float()))
-            rolled_BTD = rolled_BTD[:, : z_BTD.shape[1] - k - 1]
         return torch.stack(losses).mean()
+
+
+def covariance_penalty(z_NTD: Tensor) -> Tensor:
+    """How far two moments of z are from a standard Gaussian's: per position, (|E z z^T - I|^2 + |E z|^2) / D.
+
+    Source: the weak form of SIGReg, which asks for the moments instead of the distribution. z (N, T, D), N samples over
+    all ranks -> mean over T, float32. N samples of a standard Gaussian give (D + 2) / N.
+    """
+    z_TND = z_NTD.float().transpose(0, 1)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    count = z_TND.shape[1] * ranks
+    moment_TDD, mean_TD = z_TND.mT @ z_TND / count, z_TND.sum(1) / count
+    if ranks > 1:  # its gradient is summed over ranks too, and then averaged with all others
+        moment_TDD, mean_TD = all_reduce(moment_TDD), all_reduce(mean_TD)
+    off_TDD = moment_TDD - torch.eye(z_TND.shape[2], device=z_TND.device)
+    return (off_TDD.square().sum((1, 2)) + mean_TD.square().sum(1)).mean() / z_TND.shape[2]
 
 
 class TrainingModel(nn.Module):
@@ -920,46 +1007,66 @@ class TrainingModel(nn.Module):
         generator = np.random.Generator(np.random.Philox(key=[self.config.seed, step]))
         return torch.from_numpy(generator.integers(0, time_, count))
 
-    def forward(
+    def latents(self, x_BT: Tensor, document_ids_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states h (B, T, D) of tokens (B, T) and, where there is a JEPA head, their latents z (B, T, D)."""
+        if self.jepa is None:
+            return self.lm.encode(x_BT, document_ids_BT)[0], None
+        tap = self.config.jepa_layer
+        taps: dict[int, Tensor] | None = {} if tap else None
+        h_BTD, _ = self.lm.encode(x_BT, document_ids_BT, taps=taps)
+        return h_BTD, self.jepa.projector(rms_norm_torch(taps[tap], 1e-6) if taps else h_BTD)
+
+    def objectives(
         self,
         x_BT: Tensor,
         y_BT: Tensor,
         document_ids_BT: Tensor | None,
         sigreg_lambda: float | Tensor | None,
         positions: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch and its detached parts (nats): jepa, sigreg, sigreg_excess (over its floor), ce.
-
-        sigreg_lambda is a scalar tensor where it changes between replays of one graph, and None to leave SIGReg out.
-        """
+        jepa_scale: float | Tensor | None = 1.0,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted objectives of one micro-batch, whose sum is the loss, and detached parts: see `forward`."""
         c = self.config
-        h_BTD, _ = self.lm.encode(x_BT, document_ids_BT)
-        loss = h_BTD.new_zeros((), dtype=torch.float32)
+        h_BTD, z_BTD = self.latents(x_BT, document_ids_BT)
+        weighted: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
-        if self.jepa is not None:
-            z_BTD = self.jepa.projector(h_BTD)
-            if c.jepa_weight > 0:
-                jepa = self.jepa.prediction_loss(z_BTD, c.jepa_steps, c.detach_targets)
-                loss = loss + c.jepa_weight * jepa
+        if self.jepa is not None and z_BTD is not None:
+            if c.jepa_weight > 0 and jepa_scale is not None:
+                jepa = self.jepa.prediction_loss(z_BTD, c)
+                weighted["jepa"] = c.jepa_weight * jepa_scale * jepa
                 parts["jepa"] = jepa.detach()
             if sigreg_lambda is not None:
-                per_timestep = c.sigreg_mode == "timestep"
+                per_timestep, knots = c.sigreg_mode == "timestep", c.sigreg_knots
                 z = z_BTD if positions is None else z_BTD[:, positions]
                 z = z if per_timestep else z.reshape(-1, z.shape[-1])
-                sigreg = self.lm.kernels.sigreg(
-                    z, self.jepa.get_buffer("sigreg_A_DM"), knots=c.sigreg_knots, per_timestep=per_timestep
-                )
-                loss = loss + sigreg_lambda * sigreg
                 samples = z.shape[0] * (dist.get_world_size() if dist.is_initialized() else 1)
+                if c.sigreg_form == "covariance":
+                    sigreg = covariance_penalty(z if per_timestep else z[:, None])
+                    floor = (c.model_dim + 2) / samples
+                else:
+                    A_DM = self.jepa.get_buffer("sigreg_A_DM")
+                    sigreg = self.lm.kernels.sigreg(z, A_DM, knots=knots, per_timestep=per_timestep)
+                    floor = sigreg_floor(samples, knots=knots)
+                weighted["sigreg"] = sigreg_lambda * sigreg
                 parts["sigreg"] = sigreg.detach()
-                parts["sigreg_excess"] = sigreg.detach() - sigreg_floor(samples, knots=c.sigreg_knots)
+                parts["sigreg_excess"] = sigreg.detach() - floor
         if c.ce_weight > 0:
             rows, weight, bias = self.lm.head(h_BTD)
             total, ce, z = self.lm.kernels.softcap_xent(
                 rows, weight, bias, y_BT.reshape(-1), cap=c.logit_softcap, kind=self.lm.softcap_kind, z_weight=c.z_loss
             )
-            loss = loss + c.ce_weight * total
+            weighted["ce"] = c.ce_weight * total
             parts["ce"], parts["z_loss"] = ce, z
+        return weighted, parts
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch and its detached parts (nats): jepa, sigreg, sigreg_excess (over its floor), ce.
+
+        Args: as `objectives`. sigreg_lambda and jepa_scale are scalar tensors where they change between replays of one
+        graph, and None to leave SIGReg or latent prediction out.
+        """
+        weighted, parts = self.objectives(*inputs)
+        loss = sum(weighted.values(), start=torch.zeros((), device=inputs[0].device))
         parts["loss"] = loss.detach()
         return loss, parts
 
@@ -975,6 +1082,8 @@ def storage_spec(name: str, tensor: Tensor, config: Config) -> GridSpec:
     if name == "token_embed.weight":
         kinds = {"FP8": GridSpec("fp8_e4m3"), "INT8": GridSpec("int", bits=8), "BF16": GridSpec("bf16")}
         return kinds[config.fp_storage]
+    if name.endswith("dt_proj.weight"):  # a few rows that decide how long the model remembers
+        return GridSpec("int", bits=8)
     if tensor.ndim == 2 and tensor.numel() >= 4096 and name.endswith(".weight"):
         return GridSpec("int", bits=config.quant_bits, clip=clip)
     if name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "D"):  # a few hundred numbers that set the model's memory
@@ -1119,7 +1228,8 @@ def build_optimizers(model: TrainingModel, masters: Masters, config: Config) -> 
         momentum=c.muon_momentum,
         steps=c.muon_backend_steps,
         weight_decay=c.muon_wd,
-        normalize_rows=True,
+        normalize_rows=c.muon_normalize_rows,
+        polynomials=NEWTON_SCHULZ_POLYNOMIALS[c.muon_polynomial],
         newton_schulz=model.lm.kernels.newton_schulz,
     )
     adam = {
@@ -1209,21 +1319,26 @@ class Interruption:
         signal.signal(signal.SIGTERM, self.previous)
 
 
+def seconds_now(clock: str) -> float:
+    """wall: seconds that pass. cpu: those that this process, all its threads together, has had a processor for."""
+    return time.process_time() if clock == "cpu" else time.perf_counter()
+
+
 class Clock:
     """Seconds that the model has been learning, agreed between ranks by the leader's reading once a step."""
 
-    def __init__(self, ranks: Ranks, elapsed_s: float, interruption: Interruption) -> None:
-        self.ranks, self.elapsed_s, self.interruption = ranks, elapsed_s, interruption
+    def __init__(self, ranks: Ranks, kind: str, elapsed_s: float, interruption: Interruption) -> None:
+        self.ranks, self.kind, self.elapsed_s, self.interruption = ranks, kind, elapsed_s, interruption
         self.started_s: float | None = None
         self.last_step: torch.cuda.Event | None = None
         # A reading must not wait for the GPU: it travels over its own CPU group.
         self.group: Any = dist.new_group(backend="gloo") if ranks.world > 1 else None
 
     def start(self) -> None:
-        self.started_s = time.perf_counter()
+        self.started_s = seconds_now(self.kind)
 
     def _read(self) -> tuple[float, bool]:
-        now_s = self.elapsed_s + (time.perf_counter() - self.started_s if self.started_s is not None else 0.0)
+        now_s = self.elapsed_s + (seconds_now(self.kind) - self.started_s if self.started_s is not None else 0.0)
         if self.ranks.world == 1:
             return now_s, self.interruption.asked
         reading = torch.tensor([now_s, float(self.interruption.asked)], dtype=torch.float64)
@@ -1350,9 +1465,11 @@ class Score:
     tokens_computed: int
     context: str
     seconds: float
+    nll_n: np.ndarray = field(repr=False)  # nats of each token, float64
 
     def summary(self) -> dict[str, Any]:
-        return asdict(self) | {"computed_per_token": self.tokens_computed / self.tokens}
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "nll_n"}
+        return told | {"computed_per_token": self.tokens_computed / self.tokens}
 
 
 def windows_of(mode: str, targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
@@ -1387,6 +1504,81 @@ def lanes_of(tokens: np.ndarray, lanes: int, bos_id: int | None) -> list[tuple[i
     return list(itertools.pairwise(edges))
 
 
+def tokens_to_compute(tokens: np.ndarray, config: Config, mode: str, bos_id: int | None, world: int) -> int:
+    """Tokens that all ranks together push through the model to score a stream: `ttt` learns from each one too."""
+    targets, length = len(tokens) - 1, config.eval_seq_len or config.train_seq_len
+    if mode == "carried":
+        cut = lanes_of(tokens, config.eval_lanes * world if config.document_reset else 1, bos_id)
+        total = 0
+        for rank in range(world):
+            left = sorted((end - start for start, end in cut[rank::world]), reverse=True)
+            while left:
+                total += min(length, left[0]) * len(left)
+                left = [n - length for n in left if n > length]
+        return total
+    if mode == "ttt":  # a backward pass costs two forward passes
+        return 4 * targets
+    return sum(end - start for start, end, _ in windows_of(mode, targets, length, config.sliding_eval_stride))
+
+
+def check_evaluation(mode: str, tokens: int, tokens_per_s: float, config: Config, hardware: str) -> None:
+    """Refuse a mode that would exceed eval_seconds. Raises ConfigError."""
+    if config.eval_seconds > 0 and tokens > config.eval_seconds * tokens_per_s:
+        raise ConfigError(
+            f"eval mode {mode} computes {tokens:,} tokens: {tokens / tokens_per_s:,.0f} s at {tokens_per_s:,.0f} "
+            f"tokens/s {hardware}, but eval_seconds is {config.eval_seconds:g}; use carried or --eval_seconds 0"
+        )
+
+
+class Pace:
+    """Projects how long a mode will take from how it goes, where no other hardware is declared.
+
+    On a CPU it goes by processor seconds over threads: what this machine needs if it does nothing else.
+    """
+
+    def __init__(self, mode: str, planned_tokens: int, config: Config, device: torch.device) -> None:
+        self.mode, self.planned_tokens, self.config = mode, planned_tokens, config
+        self.kind, self.shared_by = ("cpu", torch.get_num_threads()) if device.type == "cpu" else ("wall", 1)
+        self.started_s = seconds_now(self.kind)
+
+    def check(self, computed: int) -> None:
+        """Raises ConfigError if, after a twentieth of eval_seconds, the rest would not fit into the rest."""
+        seconds = (seconds_now(self.kind) - self.started_s) / self.shared_by
+        if self.config.eval_tokens_per_s == 0 and seconds > self.config.eval_seconds / 20:
+            check_evaluation(self.mode, self.planned_tokens, computed / seconds, self.config, "as measured here")
+
+
+def window_nll(
+    lm: LanguageModel,
+    ids_n: Tensor,
+    document_n: Tensor,
+    spans: Sequence[tuple[int, int]],
+    width: int,
+    state: StreamState | None,
+    temperature: float,
+    device: torch.device,
+) -> tuple[Tensor, StreamState]:
+    """Inputs [start, end) of each span, padded to `width`, through the model: nll (rows, width) and the state."""
+    x_BT, y_BT, document_BT = (torch.zeros(len(spans), width, dtype=d) for d in (torch.long, torch.long, torch.int32))
+    for row, (start, end) in enumerate(spans):
+        count = min(width, end - start)
+        x_BT[row, :count] = ids_n[start : start + count]
+        y_BT[row, :count] = ids_n[start + 1 : start + count + 1]
+        document_BT[row] = document_n[start + count - 1]
+        document_BT[row, :count] = document_n[start : start + count]
+    x_BT, y_BT, document_BT = (t.to(device) for t in (x_BT, y_BT, document_BT))
+    h_BTD, state = lm.encode(x_BT, document_BT, state)
+    return lm.nll(h_BTD, y_BT, temperature), state
+
+
+def stream_of(tokens: np.ndarray, bos_id: int | None) -> tuple[Tensor, Tensor]:
+    """Ids (n) int64 and the document that each lies in (n) int32."""
+    ids_n = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    if bos_id is None:
+        return ids_n, torch.zeros(len(ids_n), dtype=torch.int32)
+    return ids_n, (ids_n == bos_id).cumsum(0).int()
+
+
 @torch.inference_mode()
 def token_nll(
     lm: LanguageModel,
@@ -1400,6 +1592,7 @@ def token_nll(
     bos_id: int | None,
     temperature: float,
     ranks: Ranks,
+    pace: Pace | None = None,
 ) -> tuple[np.ndarray, int]:
     """Negative log-likelihood (nats) of tokens[1:], each exactly once, and the number of tokens computed for it.
 
@@ -1408,24 +1601,11 @@ def token_nll(
     """
     targets = len(tokens) - 1
     nll_n = torch.zeros(targets, dtype=torch.float64, device=ranks.device)
-    ids_n = torch.from_numpy(np.asarray(tokens).astype(np.int64))
-    document_n = (ids_n == bos_id).cumsum(0).int() if bos_id is not None else torch.zeros(len(ids_n), dtype=torch.int32)
+    ids_n, document_n = stream_of(tokens, bos_id)
     computed = 0
 
     def run(spans: list[tuple[int, int]], width: int, state: StreamState | None) -> tuple[Tensor, StreamState]:
-        """Inputs [start, end) of each span, padded to `width`, through the model: nll (rows, width) and the state."""
-        x_BT, y_BT, document_BT = (
-            torch.zeros(len(spans), width, dtype=d) for d in (torch.long, torch.long, torch.int32)
-        )
-        for row, (start, end) in enumerate(spans):
-            count = min(width, end - start)
-            x_BT[row, :count] = ids_n[start : start + count]
-            y_BT[row, :count] = ids_n[start + 1 : start + count + 1]
-            document_BT[row] = document_n[start + count - 1]
-            document_BT[row, :count] = document_n[start : start + count]
-        x_BT, y_BT, document_BT = (t.to(ranks.device) for t in (x_BT, y_BT, document_BT))
-        h_BTD, state = lm.encode(x_BT, document_BT, state)
-        return lm.nll(h_BTD, y_BT, temperature), state
+        return window_nll(lm, ids_n, document_n, spans, width, state, temperature, ranks.device)
 
     if mode == "carried":
         cut = lanes_of(tokens, lanes * ranks.world if lm.config.document_reset else 1, bos_id)
@@ -1443,6 +1623,8 @@ def token_nll(
             for row, (start, end) in enumerate(alive):
                 count = min(width, end - start)
                 nll_n[start : start + count] = nll_BT[row, :count].double()
+            if pace is not None:
+                pace.check(computed * ranks.world)
     else:
         by_width: dict[int, list[tuple[int, int, int]]] = {}
         for start, end, first in windows_of(mode, targets, length, stride)[ranks.rank :: ranks.world]:
@@ -1454,8 +1636,93 @@ def token_nll(
                 computed += nll_BT.numel()
                 for row, (start, end, first) in enumerate(batch):
                     nll_n[first:end] = nll_BT[row, first - start :].double()
+                if pace is not None:
+                    pace.check(computed * ranks.world)
     total = ranks.sum(torch.tensor([computed], dtype=torch.int64, device=ranks.device))
     return ranks.sum(nll_n).cpu().numpy(), int(total)
+
+
+def adapted_nll(
+    lm: LanguageModel,
+    tokens: np.ndarray,
+    config: Config,
+    *,
+    bos_id: int | None,
+    temperature: float,
+    ranks: Ranks,
+    pace: Pace | None = None,
+) -> tuple[np.ndarray, int]:
+    """Score-first test-time training: every chunk is scored with carried state, then learned from, in order.
+
+    Momentum descent (0.9, gradient norm at most 1) on float32 weights, one step a chunk, on all of its windows of the
+    training length at once. Every rank adapts weights of its own to its own documents; all are as before afterwards.
+
+    Returns: as `token_nll`; a token that is learned from counts as three more.
+    """
+    parameters, length = list(lm.parameters()), config.eval_seq_len or config.train_seq_len
+    before = [p.detach().clone() for p in parameters]
+    weights = [p.to(torch.float32, copy=True) for p in before]
+    momenta = [torch.zeros_like(w) for w in weights]
+    ids_n, document_n = stream_of(tokens, bos_id)
+    nll_n = torch.zeros(len(tokens) - 1, dtype=torch.float64, device=ranks.device)
+    parts, state, computed = lanes_of(tokens, ranks.world, bos_id), None, 0
+    first, last = parts[ranks.rank] if ranks.rank < len(parts) else (0, 0)
+    try:
+        for chunk in range(first, last, config.ttt_chunk_tokens):
+            stop = min(chunk + config.ttt_chunk_tokens, last)
+            with torch.inference_mode():
+                for start in range(chunk, stop, length):
+                    span = (start, min(start + length, stop))
+                    nll_BT, state = window_nll(
+                        lm, ids_n, document_n, [span], span[1] - start, state, temperature, ranks.device
+                    )
+                    nll_n[start : span[1]] = nll_BT[0].double()
+            with torch.enable_grad():
+                width = min(config.train_seq_len, stop - chunk)
+                count = (stop - chunk) // width * width
+                pieces = (ids_n[chunk:], ids_n[chunk + 1 :], document_n[chunk:])
+                x_BT, y_BT, ids_BT = (piece[:count].view(-1, width).to(ranks.device) for piece in pieces)
+                head, weight, bias = lm.head(lm.encode(x_BT, ids_BT)[0])
+                cap, kind = config.logit_softcap, lm.softcap_kind
+                y_N = y_BT.reshape(-1)
+                lm.kernels.softcap_xent(head, weight, bias, y_N, cap=cap, kind=kind, z_weight=0.0)[0].backward()
+            gradients = [torch.zeros_like(w) if p.grad is None else p.grad.float() for w, p in zip(weights, parameters)]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+            torch._foreach_mul_(momenta, 0.9)
+            torch._foreach_add_(momenta, torch._foreach_mul(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0)))
+            torch._foreach_add_(weights, momenta, alpha=-config.ttt_lr)
+            with torch.no_grad():
+                for parameter, learned in zip(parameters, weights, strict=True):
+                    parameter.copy_(learned)
+                    parameter.grad = None
+            computed += (stop - chunk) + 3 * count
+            if pace is not None:
+                pace.check(computed * ranks.world)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+    total = ranks.sum(torch.tensor([computed], dtype=torch.int64, device=ranks.device))
+    return ranks.sum(nll_n).cpu().numpy(), int(total)
+
+
+def gain_by_position(standard_n: np.ndarray, carried_n: np.ndarray, length: int) -> list[dict[str, Any]]:
+    """What carried state saves over windows side by side, by place in the window: one row a doubling of the place.
+
+    Args: nats of every token (n) by both modes; tokens of a window. Returns: first and last place, tokens, and their
+    mean bits a token by either mode and the difference.
+    """
+    place_n, rows, first = np.arange(len(standard_n)) % length, [], 0
+    while first < length:
+        last = min(max(2 * first - 1, first), length - 1)
+        here = (first <= place_n) & (place_n <= last)
+        if here.any():
+            bits = [float(nll_n[here].mean()) / math.log(2) for nll_n in (standard_n, carried_n)]
+            row = {"first": first, "last": last, "tokens": int(here.sum()), "standard_bits": bits[0]}
+            rows.append(row | {"carried_bits": bits[1], "gain_bits": bits[0] - bits[1]})
+        first = last + 1
+    return rows
 
 
 def score_tokens(
@@ -1464,23 +1731,32 @@ def score_tokens(
     """Bits per byte of validation text under the model as it stands.
 
     Bytes are those of the original text where they are known, else those that the tokens spell (the same thing for a
-    lossless tokenizer). Raises GolfError if a token has no probability.
+    lossless tokenizer). Raises GolfError if a token has no probability, ConfigError if it would take too long.
     """
-    started_s = time.perf_counter()
     tokens, original_bytes = validation.tokens, validation.original_bytes
-    length = config.eval_seq_len or config.train_seq_len
-    nll_n, computed = token_nll(
-        lm,
-        tokens,
-        mode=mode,
-        length=length,
-        stride=config.sliding_eval_stride,
-        batch_tokens=config.val_batch_size,
-        lanes=config.eval_lanes,
-        bos_id=validation.tokenizer.bos_id,
-        temperature=temperature,
-        ranks=ranks,
-    )
+    length, bos_id = config.eval_seq_len or config.train_seq_len, validation.tokenizer.bos_id
+    planned = tokens_to_compute(tokens, config, mode, bos_id, ranks.world)
+    if config.eval_tokens_per_s > 0:
+        check_evaluation(mode, planned, config.eval_tokens_per_s, config, "as declared by eval_tokens_per_s")
+    started_s, pace = time.perf_counter(), Pace(mode, planned, config, ranks.device)
+    if mode == "ttt":
+        nll_n, computed = adapted_nll(
+            lm, tokens, config, bos_id=bos_id, temperature=temperature, ranks=ranks, pace=pace
+        )
+    else:
+        nll_n, computed = token_nll(
+            lm,
+            tokens,
+            mode=mode,
+            length=length,
+            stride=config.sliding_eval_stride,
+            batch_tokens=config.val_batch_size,
+            lanes=config.eval_lanes,
+            bos_id=bos_id,
+            temperature=temperature,
+            ranks=ranks,
+            pace=pace,
+        )
     decoded_bytes = int(token_bytes(validation.table, tokens[:-1], tokens[1:]).sum())
     scored_bytes = decoded_bytes if original_bytes is None else original_bytes
     total_nats = float(nll_n.sum())
@@ -1492,6 +1768,7 @@ def score_tokens(
         "standard": f"each token sees up to {length - 1} before it, from the start of its window",
         "sliding": f"each token sees {length - config.sliding_eval_stride} to {length - 1} before it",
         "carried": "each token sees all before it through the carried state",
+        "ttt": "each token sees all before it through the carried state; weights learn from a chunk once it is scored",
     }
     isolated = "; documents are isolated" if lm.config.document_reset else ""
     return Score(
@@ -1506,6 +1783,7 @@ def score_tokens(
         tokens_computed=computed,
         context=contexts[mode] + isolated,
         seconds=time.perf_counter() - started_s,
+        nll_n=nll_n,
     )
 
 
@@ -1616,12 +1894,34 @@ def layer_statistics(
     return found
 
 
+def latent_sums(jepa: JepaHead, z_BTD: Tensor, stride: int) -> dict[str, float]:
+    """Means over one batch of latents: cosine and squared error of the one-step prediction, of copying, variances."""
+    guess_BTD, z_BTD = jepa.predict(z_BTD[:, :-stride]).float(), z_BTD.float()
+    target_BTD = z_BTD[:, stride:]
+    return {
+        "cosine": float(F.cosine_similarity(guess_BTD, target_BTD, dim=-1).mean()),
+        "mse": float((guess_BTD - target_BTD).square().mean()),
+        "copy": float((z_BTD[:, :-stride] - target_BTD).square().mean()),
+        "within": float(z_BTD.var(dim=1, unbiased=False).mean()),
+        "variance": float(z_BTD.square().mean()),
+    }
+
+
+def latent_shares(sums: Mapping[str, float]) -> dict[str, float]:
+    return {
+        "jepa_cosine": sums["cosine"],
+        "jepa_mse": sums["mse"],
+        "jepa_r2_over_copy": 1.0 - sums["mse"] / max(sums["copy"], 1e-12),
+        "z_temporal_variance": sums["within"] / max(sums["variance"], 1e-12),
+    }
+
+
 def jepa_diagnostics(
     model: TrainingModel, validation: Validation, config: Config, device: torch.device
 ) -> dict[str, float]:
     """What the latent space has learned, on validation windows (nothing measured here reaches the artifact).
 
-    cosine and r2_over_copy compare the one-step prediction with z_{t+1} (r2_over_copy = 1 - MSE(prediction) /
+    cosine and r2_over_copy compare the one-step prediction with its target (r2_over_copy = 1 - MSE(prediction) /
     MSE(copying z_t); 0 means no better than copying); temporal_variance is the share of z's variance that lies along
     time within a window (0: z is constant in time); top-k accuracies are the language model's; probe_bpb is a linear
     probe on frozen h, trained on the first 80% of the windows and scored in true bits per byte on the rest.
@@ -1641,16 +1941,11 @@ def jepa_diagnostics(
     hidden = []
     with torch.no_grad():
         for i in range(rows):
-            h_BTD, _ = model.lm.encode(x_BT[i : i + 1], documents_BT[i : i + 1])
+            h_BTD, z_BTD = model.latents(x_BT[i : i + 1], documents_BT[i : i + 1])
             hidden.append(h_BTD[0].float())
-            if model.jepa is not None:
-                z_TD = model.jepa.projector(h_BTD)[0].float()
-                guess_TD = model.jepa.predict(model.jepa.projector(h_BTD)[:, :-1])[0].float()
-                sums["cosine"] += float(F.cosine_similarity(guess_TD, z_TD[1:], dim=-1).mean()) / rows
-                sums["mse"] += float((guess_TD - z_TD[1:]).square().mean()) / rows
-                sums["copy"] += float((z_TD[:-1] - z_TD[1:]).square().mean()) / rows
-                sums["within"] += float(z_TD.var(dim=0, unbiased=False).mean()) / rows
-                sums["variance"] += float(z_TD.square().mean()) / rows
+            if model.jepa is not None and z_BTD is not None:
+                for name, value in latent_sums(model.jepa, z_BTD, config.jepa_stride).items():
+                    sums[name] += value / rows
             head_rows, weight, bias = model.lm.head(h_BTD)
             logits_TV = F.linear(head_rows, weight).float() + (0 if bias is None else bias)
             best_TK = logits_TV.topk(10, dim=-1).indices == y_BT[i][:, None]
@@ -1658,10 +1953,7 @@ def jepa_diagnostics(
                 sums[f"top{k}"] += float(best_TK[:, :k].any(dim=1).float().mean()) / rows
     out = {f"lm_top{k}": sums[f"top{k}"] for k in (1, 5, 10)}
     if model.jepa is not None:
-        out["jepa_cosine"] = sums["cosine"]
-        out["jepa_mse"] = sums["mse"]
-        out["jepa_r2_over_copy"] = 1.0 - sums["mse"] / max(sums["copy"], 1e-12)
-        out["z_temporal_variance"] = sums["within"] / max(sums["variance"], 1e-12)
+        out |= latent_shares(sums)
     split = max(1, int(0.8 * rows))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
@@ -1964,14 +2256,22 @@ def score_artifact(command: Command, artifact: str | Path, pattern: str, ranks: 
     started_s = time.perf_counter()
     given = command.config
     lm, config, meta = load_model(artifact, given.kernels, ranks)
-    scoring = ("eval_modes", "eval_seq_len", "sliding_eval_stride", "eval_lanes", "val_batch_size", "tokenizer_path")
-    config = replace(config, **{name: getattr(given, name) for name in scoring if name in command.given})
+    always = ("eval_seconds", "eval_tokens_per_s")
+    scoring = (*SCORING_FIELDS, "eval_lanes", "val_batch_size", "tokenizer_path")
+    chosen = [*always, *(name for name in scoring if name in command.given)]
+    config = replace(config, **{name: getattr(given, name) for name in chosen})
+    check_config(config)
     tokenizer = matching_tokenizer(config, meta, str(list_shards(pattern)[0].parent), artifact)
     validation = open_validation(pattern, tokenizer, config.vocab_size)
     scores = {
-        mode: score_tokens(lm, validation, config, mode=mode, temperature=meta["temperature"], ranks=ranks).summary()
+        mode: score_tokens(lm, validation, config, mode=mode, temperature=meta["temperature"], ranks=ranks)
         for mode in config.modes()
     }
+    gain = {}
+    if {"standard", "carried"} <= scores.keys():
+        length = config.eval_seq_len or config.train_seq_len
+        gain["carried_gain"] = gain_by_position(scores["standard"].nll_n, scores["carried"].nll_n, length)
+    scores = {mode: score.summary() for mode, score in scores.items()}
     head = scores[config.modes()[0]]
     digest = hashlib.sha256()
     for shard in list_shards(pattern):
@@ -1993,6 +2293,7 @@ def score_artifact(command: Command, artifact: str | Path, pattern: str, ranks: 
         "val_sha256": digest.hexdigest(),
         "eval_s": time.perf_counter() - started_s,
         "scores": scores,
+        **gain,
     }
 
 
@@ -2028,6 +2329,8 @@ def referee_hook(artifact: str) -> dict[str, Any]:
 
     def nll(tokens: np.ndarray, mode: str) -> np.ndarray:
         """Nats of tokens[1:], float64 (n - 1)."""
+        if mode == "ttt":
+            return adapted_nll(lm, tokens, config, bos_id=bos_id, temperature=meta["temperature"], ranks=ranks)[0]
         return token_nll(
             lm,
             tokens,
@@ -2048,7 +2351,7 @@ def referee_hook(artifact: str) -> dict[str, Any]:
         "bos_id": bos_id,
         "isolates_documents": config.document_reset,
         "window": length,
-        "learns_while_scoring": False,
+        "learns_while_scoring": "ttt" in config.modes(),
     }
 
 
@@ -2089,8 +2392,21 @@ def on_grid_at(at: Progress, config: Config) -> bool:
     return config.qat_fraction > 0 and at.fraction(config) >= 1.0 - config.qat_fraction
 
 
+def jepa_scale_at(at: Progress, config: Config) -> float:
+    return max(1.0 - at.fraction(config) / config.jepa_until, 0.0) if config.jepa_until > 0 else 1.0
+
+
 def sigreg_lambda_at(at: Progress, config: Config) -> float:
-    return config.sigreg_lambda * (min(at.fraction(config) / 0.3, 1.0) if config.sigreg_schedule else 1.0)
+    ramp = min(at.fraction(config) / 0.3, 1.0) if config.sigreg_schedule else 1.0
+    return config.sigreg_lambda * ramp * jepa_scale_at(at, config)
+
+
+def seq_len_at(at: Progress, config: Config) -> int:
+    """Tokens of a window: seq_len_start, doubled at equal shares of the time before seq_len_full_at."""
+    if config.seq_len_start == 0 or at.fraction(config) >= config.seq_len_full_at:
+        return config.train_seq_len
+    doublings = (config.train_seq_len // config.seq_len_start).bit_length() - 1
+    return config.seq_len_start << int(at.fraction(config) / config.seq_len_full_at * doublings)
 
 
 class StepPlan(NamedTuple):
@@ -2099,6 +2415,7 @@ class StepPlan(NamedTuple):
     on_grid: bool  # the compute weights for the next step lie on their grids
     averaging: bool  # the moving average takes part
     sigreg: bool
+    jepa: bool
 
 
 class CapturedStep:
@@ -2161,7 +2478,8 @@ class Trainer:
         scale = learning_rate_scale(at, self.config)
         rates = {f"lr/{kind}": lr * scale for kind, lr in self.base_lr.items()}
         momentum = momentum_at(at.step, self.config)
-        return rates | {"momentum": momentum, "sigreg_lambda": sigreg_lambda_at(at, self.config)}
+        latent = {"sigreg_lambda": sigreg_lambda_at(at, self.config), "jepa_scale": jepa_scale_at(at, self.config)}
+        return rates | {"momentum": momentum} | latent
 
     def step_plan(self, at: Progress) -> StepPlan:
         c, after = self.config, at._replace(step=at.step + 1)
@@ -2169,6 +2487,7 @@ class Trainer:
             on_grid=on_grid_at(after, c),
             averaging=c.ema_decay > 0 and after.fraction(c) >= c.ema_start_fraction,
             sigreg=sigreg_lambda_at(at, c) > 0,
+            jepa=jepa_scale_at(at, c) > 0,
         )
 
     def gradients(
@@ -2178,14 +2497,15 @@ class Trainer:
         c = self.config
         self.masters.flat_gradient.zero_()
         rows = x_BT.shape[0]
-        micro = max(1, min(rows, c.micro_batch_tokens // c.train_seq_len))
+        micro = max(1, min(rows, c.micro_batch_tokens // x_BT.shape[1]))
         weight = self.current["sigreg_lambda"] if plan.sigreg else None
+        scale = self.current["jepa_scale"] if plan.jepa else None
         totals: dict[str, Tensor] = {}
         for i in range(0, rows, micro):
             own = slice(i, i + micro)
             x, y = x_BT[own], y_BT[own]
             documents = None if document_ids_BT is None else document_ids_BT[own]
-            loss, parts = self.loss(x, y, documents, weight, positions)
+            loss, parts = self.loss(x, y, documents, weight, positions, scale)
             loss.backward()
             share = x.shape[0] / rows
             self.masters.accumulate_gradients(share / self.ranks.world)
@@ -2219,11 +2539,13 @@ class Trainer:
 
         They are tensors of the device, valid until the next step: reading one waits for the device.
         """
-        c, numbers = self.config, self.numbers(at)
-        positions = self.model.sigreg_positions(at.step, c.train_seq_len)
+        c, numbers, length = self.config, self.numbers(at), seq_len_at(at, self.config)
+        positions = self.model.sigreg_positions(at.step, length)
         if positions is not None and self.ranks.device.type == "cuda":
             positions = positions.pin_memory().to(self.ranks.device, non_blocking=True)
-        inputs = (batch.x_BT, batch.y_BT, batch.document_ids_BT if c.document_reset else None, positions)
+        # Shorter windows are pieces of the loader's; document ids stay what they are.
+        x_BT, y_BT, ids_BT = (t.view(-1, length) for t in (batch.x_BT, batch.y_BT, batch.document_ids_BT))
+        inputs = (x_BT, y_BT, ids_BT if c.document_reset else None, positions)
         if self.captured is None:
             self.current = numbers
             return self.update(self.step_plan(at), *inputs)
@@ -2231,6 +2553,31 @@ class Trainer:
         for name, value in numbers.items():
             self.rates[name].fill_(value)
         return self.captured(self.step_plan(at), inputs)
+
+    def measure_latents(self, batch: StepBatch, at: Progress) -> dict[str, float]:
+        """Of one micro-batch: norm of each latent objective's gradient over cross-entropy's, and the state of z.
+
+        Norms are over the weights that ship. Learns nothing: gradients are taken apart from the masters'.
+        """
+        c, model = self.config, self.model
+        rows = max(1, min(len(batch.x_BT), c.micro_batch_tokens // c.train_seq_len))
+        ids_BT = batch.document_ids_BT[:rows] if c.document_reset else None
+        x_BT, y_BT = batch.x_BT[:rows], batch.y_BT[:rows]
+        positions = model.sigreg_positions(at.step, c.train_seq_len)
+        positions = None if positions is None else positions.to(self.ranks.device)
+        weight = sigreg_lambda_at(at, c) or None
+        weighted, parts = model.objectives(x_BT, y_BT, ids_BT, weight, positions, jepa_scale_at(at, c) or None)
+        shipped, norms = list(model.lm.parameters()), {}
+        for name, objective in weighted.items():
+            found = torch.autograd.grad(objective, shipped, retain_graph=True, allow_unused=True)
+            norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
+        out = {f"{name}_gradient_over_ce": norm / norms["ce"] for name, norm in norms.items() if "ce" in norms}
+        out.pop("ce_gradient_over_ce", None)
+        with torch.no_grad():
+            z_BTD = model.latents(x_BT, ids_BT)[1]
+            if model.jepa is not None and z_BTD is not None:
+                out |= latent_shares(latent_sums(model.jepa, z_BTD, c.jepa_stride))
+        return out | {"sigreg_excess": float(parts["sigreg_excess"])} if "sigreg_excess" in parts else out
 
     @contextlib.contextmanager
     def rehearsal(self, at: Progress) -> Iterator[None]:
@@ -2259,9 +2606,9 @@ class Trainer:
         with self.rehearsal(at):
             for _ in range(self.config.warmup_steps):
                 self.step(prefetcher.next(), at)
-            started_s = time.perf_counter()
+            started_s = seconds_now(self.config.clock)
             last(prefetcher)
-            last_s = time.perf_counter() - started_s
+            last_s = seconds_now(self.config.clock) - started_s
         prefetcher.close()
         return last_s
 
@@ -2340,6 +2687,18 @@ def eta_text(at: Progress, config: Config) -> str:
     return f"{int(left_s) // 60}:{int(left_s) % 60:02d}"
 
 
+def read_clock(run: str) -> list[Progress]:
+    """Where another run stood before each of its steps and after the last, by its log. Raises ConfigError."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"clock_from: {path} does not exist; give the folder of a run that the clock limited")
+    events = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    readings = {e["step"]: e for e in events if e["event"] == "clock"}
+    if len(readings) < 2 or sorted(readings) != list(range(len(readings))):
+        raise ConfigError(f"clock_from: {path} has no clock readings; max_wallclock_seconds did not limit that run")
+    return [Progress(step, readings[step]["elapsed_s"], readings[step]["reserved_s"]) for step in sorted(readings)]
+
+
 class Run:
     """One training run: built or resumed, driven to its end, exported and scored."""
 
@@ -2353,6 +2712,12 @@ class Run:
         self.train_shards = list_shards(str(Path(config.data_path) / "*_train_*.bin"))
         self.val_pattern = command.val or str(Path(config.data_path) / "*_val_*.bin")
         self.validation = open_validation(self.val_pattern, self.tokenizer, config.vocab_size)
+        if config.eval_tokens_per_s > 0:  # before anything is trained
+            for mode in config.modes():
+                computed = tokens_to_compute(self.validation.tokens, config, mode, self.tokenizer.bos_id, ranks.world)
+                declared = "as declared by eval_tokens_per_s"
+                check_evaluation(mode, computed, config.eval_tokens_per_s, config, declared)
+        self.readings = read_clock(config.clock_from) if config.clock_from else []
         self.batch_rows = config.train_batch_tokens // config.train_seq_len
         if self.batch_rows % ranks.world:
             raise ConfigError(f"train_batch_tokens is {self.batch_rows} windows, not a multiple of {ranks.world} ranks")
@@ -2394,18 +2759,17 @@ class Run:
         prefetcher, console = Prefetcher(self.loader, self.ranks.device), Console(config, self.ranks)
         last_step_s, logged = 0.0, self.at
         with Interruption() as interruption, contextlib.closing(prefetcher), contextlib.closing(console):
-            clock = Clock(self.ranks, self.at.elapsed_s, interruption)
+            clock = Clock(self.ranks, config.clock, self.at.elapsed_s, interruption)
             clock.start()
             while self.at.step < config.iterations:
-                if 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + self.at.reserved_s:
+                if self.readings:
+                    self.at = self.readings[self.at.step]
+                    if self.at.step == len(self.readings) - 1:
+                        break
+                elif 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + self.at.reserved_s:
                     break
-                batch = prefetcher.next()
-                losses = self.trainer.step(batch, self.at)
-                self.loader_state = batch.loader_state
-                elapsed_s, interrupted = clock.step_done()
-                last_step_s = elapsed_s - self.at.elapsed_s
-                self.at = self.at._replace(step=self.at.step + 1, elapsed_s=elapsed_s)
-                step = self.at.step
+                if config.max_wallclock_seconds > 0:
+                    self.folder.event(event="clock", **self.at._asdict())
                 if self.free_training_begins():
                     plan = self.choose_steps(prefetcher)
                     steps = {n: torch.from_numpy(plan.tensors[n].scales) for n in plan.expected_nats}
@@ -2413,6 +2777,13 @@ class Run:
                     self.trainer.masters.publish(on_grid_at(self.at, config))
                     if self.trainer.captured is not None:
                         self.trainer.captured.forget()
+                batch = prefetcher.next()
+                losses = self.trainer.step(batch, self.at)
+                self.loader_state = batch.loader_state
+                elapsed_s, interrupted = clock.step_done()
+                last_step_s = elapsed_s - self.at.elapsed_s
+                step = self.at.step + 1
+                self.at = self.readings[step] if self.readings else self.at._replace(step=step, elapsed_s=elapsed_s)
                 if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
                     self.log(losses, batch, logged, console)
                     logged = self.at
@@ -2420,8 +2791,10 @@ class Run:
                 validating = (
                     config.val_loss_every > 0 and step % config.val_loss_every == 0 and step < config.iterations
                 )
-                if saving or validating or interrupted:  # none of these teaches the model
-                    self.at = self.at._replace(elapsed_s=clock.stop())
+                measuring = config.latent_log_every > 0 and step % config.latent_log_every == 0 and config.jepa_on
+                if saving or validating or measuring or interrupted:  # none of these teaches the model
+                    stopped_s = clock.stop()
+                    self.at = self.at if self.readings else self.at._replace(elapsed_s=stopped_s)
                     if saving or interrupted:
                         self.checkpoint()
                     if interrupted:
@@ -2429,7 +2802,12 @@ class Run:
                         raise SystemExit(0)
                     if validating:
                         self.validate()
+                    if measuring:
+                        found = self.trainer.measure_latents(batch, self.at)
+                        self.folder.event(event="latents", step=step, **found)
                     clock.start()
+            if config.max_wallclock_seconds > 0:
+                self.folder.event(event="clock", **self.at._asdict())  # the last reading: there is no step after it
             temperature = 1.0
             if config.free_steps:
                 plan = self.choose_steps(prefetcher, keep=True)
@@ -2569,19 +2947,22 @@ class Run:
         scored = score_artifact(self.command, folder.artifact, self.val_pattern, self.ranks)
         if report is None:
             return
-        code_bytes = sum(len(text.encode()) for text in our_sources().values())
+        sources = our_sources()
+        code_bytes = sum(len(text.encode()) for text in sources.values())
         total_bytes = code_bytes + scored["artifact_bytes"]
         summary = {
             **{key: value for key, value in scored.items() if key not in ("artifact", "weights")},
             "float_val_bpb": floating.bpb,
             "quantization_gap_bpb": scored["val_bpb"] - floating.bpb,
             "code_bytes": code_bytes,
+            "code_sha256": hashlib.sha256("".join(sources.values()).encode()).hexdigest(),
             "total_bytes": total_bytes,
             "params": self.params,
             "training_only_params": self.training_only_params,
             "steps": self.at.step,
             "tokens": self.at.step * config.train_batch_tokens,
             "train_s": train_s,
+            "clock": config.clock,
             "seed": config.seed,
             "world_size": self.ranks.world,
             "kernels": self.kernels.name,

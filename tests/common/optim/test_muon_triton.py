@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import common.optim.triton_impl
-from common.optim.muon import Muon, newton_schulz_torch
+from common.optim.muon import POLAR_EXPRESS_POLYNOMIALS, Muon, newton_schulz_torch
 from common.optim.reference import newton_schulz_reference
 from common.optim.triton_impl import newton_schulz_triton
 
@@ -25,6 +25,13 @@ def test_equals_the_action_on_singular_values(kernel_device, shape, steps):
     assert ours.shape == G.shape
     for mine, matrix in zip(ours.cpu().reshape(-1, *shape[-2:]), G.cpu().reshape(-1, *shape[-2:]), strict=True):
         np.testing.assert_allclose(mine.numpy(), newton_schulz_reference(matrix.numpy(), steps), atol=2e-5)
+
+
+def test_other_polynomials_take_their_turn(kernel_device):
+    G = random_matrices(kernel_device, (8, 12))
+    ours = newton_schulz_triton(G, 3, dtype=torch.float32, polynomials=POLAR_EXPRESS_POLYNOMIALS)
+    expected = newton_schulz_reference(G.cpu().numpy(), 3, POLAR_EXPRESS_POLYNOMIALS)
+    np.testing.assert_allclose(ours.cpu().numpy(), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
