@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from common.artifact.budget import format_size_table
+from common.console import TrainingConsole
 from common.errors import ConfigError, GolfError
 from worldmodel.coinrun import CoinrunConfig, load_profile, run_coinrun
 from worldmodel.config import EvaluateConfig, RolloutConfig, TrainConfig
@@ -112,6 +113,8 @@ class TrainCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     overwrite: bool = False
     """Discard an earlier run in the same folder."""
+    log_json: bool = False
+    """Print the entries of log.jsonl and nothing else."""
 
 
 def _train_presets() -> dict[str, TrainCommand]:
@@ -186,7 +189,9 @@ def _evaluate(command: EvaluateCommand) -> None:
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
-        return 0 if train(command.config, overwrite=command.overwrite)["status"] == "finished" else STOPPED_STATUS
+        console = TrainingConsole(as_json=command.log_json)
+        summary = train(command.config, overwrite=command.overwrite, console=console)
+        return 0 if summary["status"] == "finished" else STOPPED_STATUS
     if isinstance(command, CollectConfig):
         run_collect(command)
     elif isinstance(command, ImportConfig):

@@ -64,6 +64,11 @@ def code_usage(codes_X: Array, count: int) -> Scalars:
     return {"codes_used": jnp.sum(number_V > 0).astype(jnp.float32), "code_perplexity": jnp.exp(entropy_nats)}
 
 
+def bits_per_frame(nats_per_token: Array, tokens: int) -> Array:
+    """Bits of a frame of that many tokens."""
+    return nats_per_token * tokens / np.log(2.0)
+
+
 def idle_share(quantizer: Quantizer) -> Array:
     """Share of codes that the last training step did not use."""
     return jnp.mean((quantizer.idle_V[...] > 0).astype(jnp.float32))
@@ -91,8 +96,8 @@ class TokenizerObjective:
         """See `Objective.loss`."""
         output = model(batch["frames_BTHWC"], key=key)
         mse = jnp.mean((output.frames_BTHWC - frames_to_unit(batch["frames_BTHWC"])) ** 2)
-        scalars = {"mse": mse, "vq_loss": output.quantized.loss, "codes_idle": idle_share(model.quantizer)}
-        return mse + output.quantized.loss, scalars
+        vq_loss, idle = output.quantized.loss, idle_share(model.quantizer)
+        return mse + vq_loss, {"mse": mse, "psnr_db": psnr_db(mse), "vq_loss": vq_loss, "codes_idle": idle}
 
     def after_update(self, model: Tokenizer) -> None:
         """See `Objective.after_update`."""
@@ -131,8 +136,8 @@ class LamObjective:
         """See `Objective.loss`."""
         output = model(batch["frames_BTHWC"], key=key)
         mse = jnp.mean((output.frames_BAHWC - frames_to_unit(batch["frames_BTHWC"][:, 1:])) ** 2)
-        scalars = {"mse": mse, "vq_loss": output.quantized.loss, "codes_idle": idle_share(model.actions.quantizer)}
-        return mse + output.quantized.loss, scalars
+        vq_loss, idle = output.quantized.loss, idle_share(model.actions.quantizer)
+        return mse + vq_loss, {"mse": mse, "psnr_db": psnr_db(mse), "vq_loss": vq_loss, "codes_idle": idle}
 
     def after_update(self, model: LatentActionModel) -> None:
         """See `Objective.after_update`."""
@@ -228,7 +233,9 @@ class DynamicsObjective:
         weight_BTN = masked_BTN / jnp.maximum(jnp.sum(masked_BTN), 1)
         nats_BTN = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTNV, tokens_BTN)
         cross_entropy = jnp.sum(nats_BTN * weight_BTN)
-        total, scalars = cross_entropy, {"ce_nats": cross_entropy}
+        # As if every token of a frame cost what the masked ones do.
+        total = cross_entropy
+        scalars = {"ce_nats": cross_entropy, "bits_per_frame": bits_per_frame(cross_entropy, tokens_BTN.shape[-1])}
         if config.z_loss > 0.0:
             z_loss = jnp.sum(jax.nn.logsumexp(output.logits_BTNV, axis=-1) ** 2 * weight_BTN)
             total, scalars["z_nats2"] = total + config.z_loss * z_loss, z_loss
@@ -252,6 +259,7 @@ class DynamicsObjective:
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BTN[:, 1:])
         scalars = {
             "full_mask_ce_nats": jnp.mean(nats),
+            "bits_per_frame": bits_per_frame(jnp.mean(nats), tokens_BTN.shape[-1]),
             "full_mask_accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == tokens_BTN[:, 1:]),
         }
         if codes_BA is not None:
