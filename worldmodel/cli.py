@@ -117,7 +117,8 @@ class TrainCommand:
     """Print the entries of log.jsonl and nothing else."""
 
 
-def _train_presets() -> dict[str, TrainCommand]:
+def train_presets() -> dict[str, TrainCommand]:
+    """Every preset of `train`, by name."""
     presets = {}
     for profile in PROFILES:
         loaded = load_profile(profile)
@@ -143,7 +144,7 @@ def _command_type() -> Any:
         "play": (PlayConfig, "steer a world in the browser"),
         "coinrun": (CoinrunConfig, "the whole case study"),
     }
-    train_type = tyro.extras.subcommand_type_from_defaults(_train_presets(), prefix_names=False)
+    train_type = tyro.extras.subcommand_type_from_defaults(train_presets(), prefix_names=False)
     kinds = [Annotated[train_type, tyro.conf.subcommand("train", description="train one stage of a preset")]]
     kinds += [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in plain.items()]
     return Union[tuple(kinds)]  # noqa: UP007 (the members are built at run time)
