@@ -11,6 +11,7 @@ import html
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from common.quant.plan import ModelPlan, fit_budget, plan_model
 from common.report import folded, html_page, html_table, treemap_svg
 
 Rows = list[list[str]]
-SHARE_CELLS = 20
+SHARE_CELLS = 14
 
 
 def _tensor_rows(report: SizeReport) -> Rows:
@@ -59,6 +60,12 @@ def _shares(report: SizeReport) -> list[float]:
     return [tensor.total_bytes / report.file_bytes for tensor in report.tensors]
 
 
+def split_place(name: str) -> tuple[str, str]:
+    """A tensor's name as (where, what): up to its last numbered part ("blocks.3."), or to its first part."""
+    found = re.match(r".*\d[^./]*[./]", name) or re.match(r"[^./]*[./]", name)
+    return (found[0], name[found.end() :]) if found else ("", name)
+
+
 def _rich_tables(path: str, meta: dict[str, Any], report: SizeReport) -> None:
     from rich.bar import Bar
     from rich.console import Console
@@ -68,21 +75,21 @@ def _rich_tables(path: str, meta: dict[str, Any], report: SizeReport) -> None:
     def table(title: str, rows: Rows, left_columns: int) -> Table:
         made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
         for column, name in enumerate(rows[0]):
-            made.add_column(name, justify="left" if column < left_columns else "right", overflow="fold")
+            made.add_column(name, justify="left" if column < left_columns else "right", no_wrap=True)
         return made
 
     console = Console()
     rows = _tensor_rows(report)
     tensors = table(f"{Path(path).name}: {report.file_bytes:,} bytes", rows, 3)
-    tensors.add_column("of the file")
-    most, group = max(_shares(report), default=1.0), ""
+    tensors.add_column("share", min_width=4, max_width=SHARE_CELLS)
+    most, before = max(_shares(report), default=1.0), ""
     for row, share in zip(rows[1:], _shares(report), strict=True):
-        place = row[0].rpartition(".")[0]
-        if group and place != group:
-            tensors.add_section()
-        group = place
-        bar = Bar(most, 0, share, width=SHARE_CELLS, color="cyan")
-        tensors.add_row(*map(Text, row), bar)
+        place, name = split_place(row[0])
+        if place != before:
+            tensors.add_row(Text(place, "bold"))
+        before = place
+        bar = Bar(most, 0, share, color="cyan")
+        tensors.add_row(*map(Text, [f"  {name}" if place else name, *row[1:]]), bar)
     console.print(tensors)
     rows = _stream_rows(report)
     streams = table("Streams", rows, 3)

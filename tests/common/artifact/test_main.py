@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.artifact.__main__ import main
+from common.artifact.__main__ import main, split_place
 from common.artifact.container import read_artifact
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,10 +83,21 @@ def test_tables_on_a_terminal_hold_the_same_cells(golden_artifact, capsys, monke
     output = capsys.readouterr().out
     report = read_artifact(golden_artifact)[2]
     for tensor in report.tensors:
-        assert re.search(rf"{re.escape(tensor.name)} .* {tensor.total_bytes:,} ", output), tensor.name
+        place, name = split_place(tensor.name)
+        row = re.search(rf"^ *{re.escape(name)} .* {tensor.total_bytes:,} ", output, re.MULTILINE)
+        assert row, tensor.name
+        assert not place or re.search(rf"^ *{re.escape(place)} *$", output, re.MULTILINE), place
     assert f"{report.file_bytes:,} bytes" in output
     assert "█" in output
     assert '"d_model": 512' in output
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("blocks.3.", "up.weight"), ("a/layer_0/", "ffn/kernel"), ("lm.", "norm.weight"), ("", "bias"), ("", "D2")],
+)
+def test_names_are_cut_behind_their_number(place, name):
+    assert split_place(place + name) == (place, name)
 
 
 def test_without_rich_the_tables_are_plain(golden_artifact, capsys, monkeypatch):

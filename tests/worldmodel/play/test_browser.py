@@ -212,6 +212,9 @@ def test_arrows_steer_again_after_a_setting(page):
     page.locator("#temperature").click()
     page.keyboard.press("Control+a")
     page.keyboard.type("0.5")
+    page.keyboard.press("p")  # letters are no numbers: they are keys of the game here too
+    playwright.expect(page.locator("#pause")).to_have_text("Go on (P)")
+    page.keyboard.press("p")
     page.keyboard.press("Enter")
     page.keyboard.down("ArrowRight")
     held = page.locator("#actions button", has_text="7: right")

@@ -233,7 +233,11 @@ for (const id of ["temperature", "decode", "fps"]) at(id).addEventListener("chan
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
+  if (event.target.matches("input")) { // a number takes no letters but e
+    if (!/^[hlpry]$/i.test(event.key)) return;
+    event.preventDefault();
+  }
   if (event.key === " ") {
     if (event.target.matches("button, a")) return; // Space is theirs
     event.preventDefault();
