@@ -80,7 +80,7 @@ def test_tables_on_a_terminal_hold_the_same_cells(golden_artifact, capsys, monke
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["inspect", str(golden_artifact)]) == 0
-    output = capsys.readouterr().out
+    output = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     report = read_artifact(golden_artifact)[2]
     for tensor in report.tensors:
         place, name = split_place(tensor.name)
