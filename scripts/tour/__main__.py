@@ -30,6 +30,7 @@ from common.errors import ConfigError, DataError, GolfError
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"((?:^<!--[^\n]*-->\n)*)^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"^<!-- (\w+): (.+) -->$", re.MULTILINE)
+NAME_CHARACTERS = 72
 SERVING_PATIENCE_S, STOP_PATIENCE_S = 900.0, 30.0
 
 
@@ -130,7 +131,7 @@ def follow(page: Path, cwd: Path, environment: Mapping[str, str], short: bool) -
             status = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=cwd, env=environment).returncode
         if status:
             raise GolfError(f"{page.name}, block {number} ended with status {status}:\n{script}")
-        seconds.append((script.strip().splitlines()[0], time.monotonic() - began_s))
+        seconds.append((script.strip().splitlines()[0][:NAME_CHARACTERS], time.monotonic() - began_s))
     return seconds
 
 
