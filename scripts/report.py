@@ -32,7 +32,7 @@ from worldmodel.report import artifact_section, world_sections
 
 # (name in the log, what it is over). Other numbers of a log follow in order of their names.
 FIRST_CURVES = ("train_bpb", "val_bpb", "loss", "tokens_per_s", "frames_per_s")
-NOT_CURVES = {"step", "elapsed_s", "tokens", "trained_tokens", "val_tokens", "val_bytes"}
+NOT_CURVES = {"step", "elapsed_s", "eta_s", "tokens", "trained_tokens", "val_tokens", "val_bytes"}
 STAGE_FOLDERS = ("tokenizer", "lam", "dynamics", "dynamics_latent")
 
 
