@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from common.artifact.budget import format_size_table
+from common.console import TrainingConsole
 from common.errors import ConfigError, GolfError
 from worldmodel.ablate import AblateConfig, run_ablate
 from worldmodel.baselines import BaselinesConfig, run_baselines
@@ -123,9 +124,12 @@ class TrainCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     overwrite: bool = False
     """Discard an earlier run in the same folder."""
+    log_json: bool = False
+    """Print the entries of log.jsonl and nothing else."""
 
 
-def _train_presets() -> dict[str, TrainCommand]:
+def train_presets() -> dict[str, TrainCommand]:
+    """Every preset of `train`, by name."""
     presets = {}
     for profile in PROFILES:
         loaded = load_profile(profile)
@@ -155,7 +159,7 @@ def _command_type() -> Any:
         "leaderboard": (LeaderboardConfig, "write the leaderboard from run folders"),
         "ablate": (AblateConfig, "one change at a time, over seeds"),
     }
-    train_type = tyro.extras.subcommand_type_from_defaults(_train_presets(), prefix_names=False)
+    train_type = tyro.extras.subcommand_type_from_defaults(train_presets(), prefix_names=False)
     kinds = [Annotated[train_type, tyro.conf.subcommand("train", description="train one stage of a preset")]]
     kinds += [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in plain.items()]
     return Union[tuple(kinds)]  # noqa: UP007 (the members are built at run time)
@@ -215,7 +219,9 @@ def _export(command: ExportCommand) -> None:
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
-        return 0 if train(command.config, overwrite=command.overwrite)["status"] == "finished" else STOPPED_STATUS
+        console = TrainingConsole(as_json=command.log_json)
+        summary = train(command.config, overwrite=command.overwrite, console=console)
+        return 0 if summary["status"] == "finished" else STOPPED_STATUS
     if isinstance(command, CollectConfig):
         run_collect(command)
     elif isinstance(command, ImportConfig):

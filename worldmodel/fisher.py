@@ -16,7 +16,7 @@ from jax import Array
 
 from common.errors import ConfigError
 from common.quant.gptq import LayerStatistics
-from worldmodel.models.blocks import frames_to_unit
+from worldmodel.models.layers import frames_to_unit
 from worldmodel.models.token_dynamics import MaskGitDynamics, TokenDynamics, draw_mask, standardize_codes
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.rollout.world import World

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.console import TrainingConsole, progress_text
 from common.errors import CheckpointError, ConfigError
 from common.files import write_atomically
 from worldmodel.config import read_json, resume_differences
@@ -79,16 +80,22 @@ class RunFolder:
 class RunLog:
     """log.jsonl and train.log, with TensorBoard and (only when asked) wandb beside them."""
 
-    def __init__(self, run: RunFolder, *, step: int, tensorboard: bool, wandb: bool, hardware: str) -> None:
+    def __init__(
+        self, run: RunFolder, console: TrainingConsole, *, step: int, steps: int, tensorboard: bool, wandb: bool,
+        hardware: str,
+    ) -> None:  # fmt: skip
         """Open the logs of a run at a step; entries after it (of a killed attempt) are dropped.
 
         Args:
             run: the folder.
+            console: what is shown of it meanwhile.
             step: step that training continues from.
+            steps: step that it ends with.
             tensorboard: write event files.
             wandb: also log to Weights & Biases (needs the package and its own login).
             hardware: one line.
         """
+        self._console, self._steps = console, steps
         self._jsonl_path = run.path / "log.jsonl"
         kept = [line for line in self._read_lines() if json.loads(line).get("step", 0) <= step] if step else []
         write_text_atomic(self._jsonl_path, "".join(line + "\n" for line in kept))
@@ -118,15 +125,18 @@ class RunLog:
         return text[: text.rfind("\n") + 1].splitlines()  # a line cut short by a kill is no entry
 
     def write(self, step: int, **values: float | int | str) -> None:
-        """One entry, and one line on the terminal and in train.log."""
+        """One entry, with `eta_s` and `memory_bytes`, to files and console; `val_` numbers on a second line."""
         entry = {"step": step, **values}
         self._jsonl.write(json.dumps(entry) + "\n")
         self._jsonl.flush()
-        shown = " ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
-        line = f"step {step:>6} {shown}"
-        self._text.write(line + "\n")
+        self._console.entry(entry)
+        self._console.progress(entry, step / self._steps)
+        text = progress_text(entry)
+        if found := " ".join(f"{name} {value:.5g}" for name, value in values.items() if name.startswith("val_")):
+            self._console.say(f"step {step:,} {found}")
+            text += " " + found
+        self._text.write(text + "\n")
         self._text.flush()
-        print(line, flush=True)
         numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
         if self._tensorboard is not None:
             for name, value in numbers.items():

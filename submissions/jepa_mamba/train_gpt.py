@@ -59,6 +59,7 @@ from common.artifact.container import encode_artifact, load_artifact, save_artif
 from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
+from common.console import TrainingConsole, peak_memory_bytes, progress_text
 from common.cpu import tune_cpu_process
 from common.errors import CheckpointError, ConfigError, GolfError, ShardError, TokenizerError
 from common.files import write_atomically
@@ -448,6 +449,7 @@ class Command(NamedTuple):
     prompt: str
     tokens: int
     given: frozenset[str]  # options set by preset file, environment or flag; a bundled preset is a default
+    log_json: bool
 
 
 def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
@@ -462,6 +464,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     action.add_argument("--preset", default=environ.get("PRESET", ""), help="name in presets/ or path of a preset file")
     overwrite = "start over where the run folder is finished or of another configuration; unfinished runs still resume"
     action.add_argument("--overwrite", action="store_true", help=overwrite)
+    action.add_argument("--log_json", "--log-json", action="store_true", help="print log entries as JSON, nothing else")
     action.add_argument("--score", default="", metavar="ARTIFACT", help="score an artifact and print one JSON object")
     action.add_argument("--val", default="", metavar="GLOB", help="validation shards for --score")
     action.add_argument(
@@ -479,7 +482,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     arguments, unknown = parser.parse_known_args(list(argv))
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
-        known += ["preset", "overwrite", "score", "val", "generate", "prompt", "tokens"]
+        known += ["preset", "overwrite", "log_json", "score", "val", "generate", "prompt", "tokens"]
         raise ConfigError(
             f"unknown argument {unknown[0]!r}{nearest(name, [f'--{k}' for k in known])} (--help lists all)"
         )
@@ -507,6 +510,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
         arguments.prompt,
         arguments.tokens,
         frozenset(values),
+        arguments.log_json,
     )
 
 
@@ -2019,8 +2023,9 @@ def versions_and_hardware(device: torch.device) -> dict[str, Any]:
 class RunFolder:
     """`runs/RUN_ID`: config.json, log.jsonl, train.log, checkpoints/, model.artifact, summary.json. Leader writes."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, log_json: bool = False) -> None:
         self.path = Path(config.runs_dir) / config.run_id
+        self.console = TrainingConsole(ranks.leads, log_json)
         self.checkpoints = self.path / "checkpoints"
         self.artifact = self.path / "model.artifact"
         self.summary = self.path / "summary.json"
@@ -2080,7 +2085,7 @@ class RunFolder:
     def text(self, line: str, console: bool = True) -> None:
         if self.ranks.leads:
             if console:
-                print(line, flush=True)
+                self.console.say(line)
             with open(self.path / "train.log", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
@@ -2088,6 +2093,7 @@ class RunFolder:
         if self.ranks.leads:
             with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+            self.console.entry(values)
 
 
 def save_checkpoint(
@@ -2653,38 +2659,13 @@ class Trainer:
         )
 
 
-class Console:
-    """Live progress on a terminal; elsewhere one line per log event (printed by the caller)."""
-
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.config, self.bar, self.task = config, None, None
-        if ranks.leads and sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as LiveProgress
-
-            columns = (
-                TextColumn("[bold]train"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f}%"),
-                TextColumn("{task.description}"),
-            )
-            self.bar = LiveProgress(*columns, transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("first step", total=1.0)
-
-    def update(self, at: Progress, line: str) -> None:
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=at.fraction(self.config), description=line)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def eta_text(at: Progress, config: Config) -> str:
+def seconds_left(at: Progress, config: Config) -> float:
     done = at.fraction(config)
-    left_s = at.elapsed_s * (1 - done) / done if done > 0 else 0.0
-    return f"{int(left_s) // 60}:{int(left_s) % 60:02d}"
+    return at.elapsed_s * (1 - done) / done if done > 0 else 0.0
+
+
+def held_memory_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
 
 
 def read_clock(run: str) -> list[Progress]:
@@ -2721,7 +2702,7 @@ class Run:
         self.batch_rows = config.train_batch_tokens // config.train_seq_len
         if self.batch_rows % ranks.world:
             raise ConfigError(f"train_batch_tokens is {self.batch_rows} windows, not a multiple of {ranks.world} ranks")
-        self.folder = RunFolder(config, ranks)
+        self.folder = RunFolder(config, ranks, command.log_json)
         self.folder.open(command)
         self.trainer = Trainer(config, self.kernels, ranks)
         loader = self.new_loader()
@@ -2753,12 +2734,21 @@ class Run:
 
     def drive(self) -> tuple[float, float]:
         """Train until the steps or the seconds are used up: (softmax temperature, seconds of learning)."""
-        config = self.config
+        with self.folder.console.live("train"):
+            return self.drive_steps()
+
+    def drive_steps(self) -> tuple[float, float]:
+        config, console = self.config, self.folder.console
+        triton = self.kernels.name == "triton"
+        compiled = (("torch.compile", config.compile_model), ("Triton", triton), ("CUDA graph", config.cuda_graphs))
+        first = ", ".join(name for name, on in compiled if on)
+        console.waiting(f"first step: compiling ({first}), minutes where nothing is cached" if first else "first step")
+        began_s = time.perf_counter()
         last_s = self.trainer.rehearse(self.new_loader(), self.at, self.rehearse_last)
         self.at = self.at._replace(reserved_s=self.ranks.from_leader(1.25 * last_s))
-        prefetcher, console = Prefetcher(self.loader, self.ranks.device), Console(config, self.ranks)
+        prefetcher, first_step = Prefetcher(self.loader, self.ranks.device), self.at.step + 1
         last_step_s, logged = 0.0, self.at
-        with Interruption() as interruption, contextlib.closing(prefetcher), contextlib.closing(console):
+        with Interruption() as interruption, contextlib.closing(prefetcher):
             clock = Clock(self.ranks, config.clock, self.at.elapsed_s, interruption)
             clock.start()
             while self.at.step < config.iterations:
@@ -2784,8 +2774,10 @@ class Run:
                 last_step_s = elapsed_s - self.at.elapsed_s
                 step = self.at.step + 1
                 self.at = self.readings[step] if self.readings else self.at._replace(step=step, elapsed_s=elapsed_s)
+                if step == first_step:
+                    self.folder.text(f"first step done after {time.perf_counter() - began_s:.1f} s, warmup included")
                 if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
-                    self.log(losses, batch, logged, console)
+                    self.log(losses, batch, logged)
                     logged = self.at
                 saving = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
                 validating = (
@@ -2869,7 +2861,7 @@ class Run:
             save_artifact(self.folder.path / "statistics.artifact", parts, {}, ("raw",))
         return plan
 
-    def log(self, losses: Mapping[str, Tensor], batch: StepBatch, logged: Progress, console: Console) -> None:
+    def log(self, losses: Mapping[str, Tensor], batch: StepBatch, logged: Progress) -> None:
         """One line and one JSON object: means over ranks, bits per byte of the leader's batch."""
         at, config = self.at, self.config
         means = self.ranks.sum(torch.stack([v.detach().float() for v in losses.values()])) / self.ranks.world
@@ -2883,21 +2875,20 @@ class Run:
         values["train_bpb"] = bits_per_byte(values.get("ce", math.nan) * len(y_N), spelled_bytes)
         tokens = (at.step - logged.step) * config.train_batch_tokens
         tokens_per_s = tokens / max(at.elapsed_s - logged.elapsed_s, 1e-9)
-        self.folder.event(
-            event="step",
-            step=at.step,
-            elapsed_s=at.elapsed_s,
-            tokens=at.step * config.train_batch_tokens,
-            tokens_per_s=tokens_per_s,
-            lr_scale=learning_rate_scale(at, config),
+        entry = {
+            "event": "step",
+            "step": at.step,
+            "elapsed_s": at.elapsed_s,
+            "tokens": at.step * config.train_batch_tokens,
+            "tokens_per_s": tokens_per_s,
+            "eta_s": seconds_left(at, config),
+            "memory_bytes": held_memory_bytes(self.ranks.device),
+            "lr_scale": learning_rate_scale(at, config),
             **values,
-        )
-        line = (
-            f"step {at.step} loss {values['loss']:.4f} bpb {values['train_bpb']:.4f} {tokens_per_s:,.0f} tokens/s "
-            f"{at.elapsed_s:.1f} s ETA {eta_text(at, config)}"
-        )
-        console.update(at, line)
-        self.folder.text(line, console=console.bar is None)
+        }
+        self.folder.event(**entry)
+        self.folder.console.progress(entry, at.fraction(config))
+        self.folder.text(progress_text(entry), console=False)
 
     def checkpoint(self) -> None:
         if self.ranks.leads:

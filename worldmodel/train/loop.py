@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from common.console import TrainingConsole, peak_memory_bytes
 from common.errors import ConfigError, DataError
 from worldmodel.config import TrainConfig, to_dict
 from worldmodel.data.pipeline import make_loader
@@ -216,6 +217,12 @@ def hardware_line() -> str:
     return f"{jax.device_count()} x {kinds} ({jax.default_backend()}), {os.cpu_count()} CPU cores"
 
 
+def held_memory_bytes() -> int:
+    """The most memory held at once: of the first device where it says so, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("peak_bytes_in_use", 0)) or peak_memory_bytes()
+
+
 def request_determinism(config: TrainConfig) -> None:
     """Ask XLA for deterministic GPU kernels; it reads the flag when the backend starts, so call this first."""
     flag = "--xla_gpu_deterministic_ops=true"
@@ -230,6 +237,7 @@ def train(
     overwrite: bool = False,
     source: Source | None = None,
     on_step: Callable[[int], None] | None = None,
+    console: TrainingConsole | None = None,
 ) -> dict[str, Any]:
     """Train one stage to its end, or until a stop signal; run it again to continue.
 
@@ -237,7 +245,8 @@ def train(
         config: what to train.
         overwrite: discard an earlier run in the same folder.
         source: data; opened from the config by default.
-        on_step: called after each step with its number (progress bars, tests).
+        on_step: called after each step with its number (tests).
+        console: what is shown meanwhile; a bar or lines by default.
 
     Returns:
         The summary: status "finished" or "stopped", steps, seconds, last metrics.
@@ -268,14 +277,19 @@ def train(
     validation = place_batch(pad_clips(validation, mesh, objective.batch_keys), mesh)
     step_fn = make_step(config, objective, functional, mesh, state)
     report_fn = make_report(config, objective, functional)
-    log = RunLog(run, step=first, tensorboard=config.tensorboard, wandb=config.wandb, hardware=hardware_line())
+    console = console or TrainingConsole()
+    log = RunLog(
+        run, console, step=first, steps=config.steps, tensorboard=config.tensorboard, wandb=config.wandb,
+        hardware=hardware_line(),
+    )  # fmt: skip
     parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
     metrics: dict[str, float] = {}
     batches = iter(loader)
     started_s = window_s = time.perf_counter()
     window_cpu_s, window_step, step, status = time.process_time(), first, first, "finished"
     try:
-        with stop_signals() as caught:
+        with stop_signals() as caught, console.live(config.stage):
+            console.waiting(f"{config.stage}: compiling the first step (some seconds to a minute)")
             while step < config.steps:
                 batch = next(batches)
                 placed = place_batch({name: batch[name] for name in objective.batch_keys}, mesh)
@@ -283,6 +297,11 @@ def train(
                 step += 1
                 logged = step % config.log_every == 0 or step == config.steps
                 evaluated = step % config.eval_every == 0 or step == config.steps
+                if step == first + 1:
+                    jax.block_until_ready(scalars)
+                    console.say(f"{config.stage}: first step done after {time.perf_counter() - started_s:.1f} s")
+                    if not logged and not evaluated:  # speed is that of compiled steps
+                        window_s, window_cpu_s, window_step = time.perf_counter(), time.process_time(), step
                 if logged or evaluated:
                     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
                     if not np.isfinite(values["loss"]):
@@ -290,6 +309,8 @@ def train(
                     now_s = time.perf_counter()
                     frames = (step - window_step) * config.batch_size * config.seq_len
                     values["frames_per_s"] = frames / max(now_s - window_s, 1e-9)
+                    values["eta_s"] = (config.steps - step) * (now_s - window_s) / (step - window_step)
+                    values["memory_bytes"] = held_memory_bytes()
                     values["cpu_ms_per_step"] = 1e3 * (time.process_time() - window_cpu_s) / (step - window_step)
                     if evaluated:
                         report = jax.device_get(report_fn(state, frozen, validation))

@@ -22,6 +22,7 @@ from worldmodel.models.kinds import build_dynamics
 from worldmodel.models.lam import ActionEncoder, LatentActionModel
 from worldmodel.models.layers import frames_to_unit, freeze
 from worldmodel.models.quantizer import Quantizer, TanhBottleneck
+from worldmodel.models.token_dynamics import TokenDynamics
 from worldmodel.models.tokenizer import Tokenizer, encode_in_chunks
 from worldmodel.train.state import Functional, Tree, values_of
 
@@ -72,6 +73,11 @@ def codebook_scalars(quantizer: Quantizer, loss: Array) -> Scalars:
     return {"vq_loss": loss, "codes_idle": jnp.mean((quantizer.idle_V[...] > 0).astype(jnp.float32))}
 
 
+def bits_per_frame(nats_per_token: Array, tokens: int) -> Array:
+    """Bits of a frame of that many tokens."""
+    return nats_per_token * tokens / np.log(2.0)
+
+
 class TokenizerObjective:
     """Mean squared error of the reconstruction plus the codebook's loss."""
 
@@ -94,7 +100,7 @@ class TokenizerObjective:
         """See `Objective.loss`."""
         output = model(batch["frames_BTHWC"], key=key)
         mse = jnp.mean((output.frames_BTHWC - frames_to_unit(batch["frames_BTHWC"])) ** 2)
-        scalars = {"mse": mse, **codebook_scalars(model.quantizer, output.quantized.loss)}
+        scalars = {"mse": mse, "psnr_db": psnr_db(mse), **codebook_scalars(model.quantizer, output.quantized.loss)}
         return mse + output.quantized.loss, scalars
 
     def after_update(self, model: Tokenizer) -> None:
@@ -133,7 +139,7 @@ class LamObjective:
         """See `Objective.loss`."""
         output = model(batch["frames_BTHWC"], key=key)
         mse = jnp.mean((output.frames_BAHWC - frames_to_unit(batch["frames_BTHWC"][:, 1:])) ** 2)
-        scalars = {"mse": mse, **codebook_scalars(model.actions.quantizer, output.quantized.loss)}
+        scalars = {"mse": mse, "psnr_db": psnr_db(mse), **codebook_scalars(model.actions.quantizer, output.quantized.loss)}
         return mse + output.quantized.loss, scalars
 
     def after_update(self, model: LatentActionModel) -> None:
@@ -260,7 +266,10 @@ class DynamicsObjective:
         config = self.config.dynamics
         model_key, action_key = jax.random.split(key)
         action_BTD, vq_loss, _ = self.condition(model, batch, action_key)
-        total, scalars = model.loss(self.frames_of(frozen, batch), action_BTD, model_key)
+        frames_BTX = self.frames_of(frozen, batch)
+        total, scalars = model.loss(frames_BTX, action_BTD, model_key)
+        if isinstance(model, TokenDynamics):  # as if every token of a frame cost what the scored ones do
+            scalars["bits_per_frame"] = bits_per_frame(scalars["ce_nats"], frames_BTX.shape[-1])
         if vq_loss is not None and config.action_source == "latent":
             total = total + config.vq_weight * vq_loss
             scalars |= codebook_scalars(model.lam.quantizer, vq_loss)
@@ -274,7 +283,11 @@ class DynamicsObjective:
     def report(self, model: Dynamics, frozen: Tree, batch: Batch) -> Scalars:
         """See `Objective.report`."""
         action_BTD, _, codes_BA = self.condition(model, batch, None)
-        scalars = model.report(self.frames_of(frozen, batch), action_BTD)
+        frames_BTX = self.frames_of(frozen, batch)
+        scalars = model.report(frames_BTX, action_BTD)
+        for nats in ("full_mask_ce_nats", "teacher_forced_ce_nats"):
+            if nats in scalars:
+                scalars["bits_per_frame"] = bits_per_frame(scalars[nats], frames_BTX.shape[-1])
         if codes_BA is not None:
             scalars |= {f"action_{k}": v for k, v in code_usage(codes_BA, model.num_actions).items()}
         return scalars
