@@ -32,7 +32,6 @@ from worldmodel.train.loop import train
 
 PROFILES = ("cpu", "gpu", "paper")
 BAD_INPUT_STATUS = 2
-STOPPED_STATUS = 3
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,8 @@ def _evaluate(command: EvaluateCommand) -> None:
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
-        return 0 if train(command.config, overwrite=command.overwrite)["status"] == "finished" else STOPPED_STATUS
+        train(command.config, overwrite=command.overwrite)
+        return 0  # stopped by a signal, too: it has saved, and the same command goes on
     if isinstance(command, CollectConfig):
         run_collect(command)
     elif isinstance(command, ImportConfig):

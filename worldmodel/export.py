@@ -7,6 +7,7 @@ counters). It is read back into fresh models, strictly: every name and shape mus
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ STEP_SIGMAS = (
 )
 GRID_NAMES = (*GRIDS, "step")
 MIN_QUANTIZED_VALUES = 512
+MOST_CLAIMED = 1 << 16  # sizes up to this one are plausible in any artifact
 
 
 def inference_values(model: Any) -> dict[str, np.ndarray]:
@@ -79,6 +81,49 @@ def fill_model(model: Any, flat: dict[str, np.ndarray], *, where: str) -> Any:
     except CheckpointError as error:
         raise ArtifactError(str(error)) from error
     return Functional(model).merge(*filled)
+
+
+def check_fits(build: Callable[[], Any], flat: dict[str, np.ndarray], *, where: str) -> None:
+    """Lay a model out without memory and hold its inference values against those of a file.
+
+    Raises:
+        ArtifactError: the model cannot be built, or a name or shape differs.
+    """
+    try:
+        params, stats = values_of(nnx.eval_shape(build))
+    except (ConfigError, ValueError, TypeError, ArithmeticError, IndexError, AssertionError, StopIteration) as error:
+        raise ArtifactError(f"{where}: describes a model that cannot be built ({str(error)[:300]})") from error
+    wanted = {f"params/{name}": tuple(value.shape) for name, value in flatten_names(params).items()}
+    wanted |= {f"stats/{name}": tuple(value.shape) for name, value in flatten_names(stats).items()}
+    wanted = {name: shape for name, shape in wanted.items() if not name.endswith(TRAINING_ONLY)}
+    held = {name: value.shape for name, value in flat.items()}
+    if differing := sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name)):
+        name = differing[0]
+        raise ArtifactError(
+            f"{where}: {len(differing)} tensors do not fit the model that it describes, the first {name}: "
+            f"{held.get(name, 'absent')} held, {wanted.get(name, 'none')} described"
+        )
+
+
+def check_plausible(config: TrainConfig, tensors: dict[str, np.ndarray], *, where: str) -> None:
+    """Refuse sizes that no model made of these tensors can have, before anything is built.
+
+    Raises:
+        ArtifactError: one is too large or not positive.
+    """
+    most = max(MOST_CLAIMED, sum(value.size for value in tensors.values()))
+    sizes = {
+        f"{part}.{name}": value
+        for part in ("tokenizer", "lam", "dynamics")
+        for name, value in flatten_names(to_dict(getattr(config, part))).items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    }
+    sizes |= {f"fsq_levels {i}": level for i, level in enumerate(config.tokenizer.quantizer.fsq_levels)}
+    sizes["values of the codebook"] = config.tokenizer.quantizer.codes * config.tokenizer.quantizer.latent_dim
+    for name, value in sizes.items():
+        limit = len(tensors) + 64 if name.endswith("layers") else most
+        if not 0 <= value <= limit:
+            raise ArtifactError(f"{where}: {name} is {value}; what it holds allows 0 to {limit}")
 
 
 def grid_of(grid: str, name: str) -> GridSpec:
@@ -139,7 +184,8 @@ def load_exported(path: str | Path) -> World:
         ArtifactError: damaged, not a world, or not of the configuration that it states.
     """
     tensors, meta = load_artifact(path)
-    if meta.get("format") != FORMAT or not isinstance(meta.get("num_actions"), int):
+    actions = meta.get("num_actions")
+    if meta.get("format") != FORMAT or type(actions) is not int or not 0 <= actions < 1 << 15:
         raise ArtifactError(
             f"{path}: meta format is {meta.get('format')!r}, expected {FORMAT!r}: not a world-model artifact"
         )
@@ -147,6 +193,9 @@ def load_exported(path: str | Path) -> World:
         config = from_dict(TrainConfig, meta["config"], where=str(path))
     except (ConfigError, KeyError) as error:
         raise ArtifactError(f"{path}: its configuration is not readable ({error}); export it again") from error
+    if config.tokenizer.frame.patch < 1:
+        raise ArtifactError(f"{path}: patch is {config.tokenizer.frame.patch}, expected at least 1")
+    check_plausible(config, tensors, where=str(path))
     parts: dict[str, dict[str, np.ndarray]] = {"tokenizer": {}, "dynamics": {}}
     for full, value in tensors.items():
         prefix, _, name = full.partition("/")
@@ -154,8 +203,13 @@ def load_exported(path: str | Path) -> World:
             raise ArtifactError(f"{path}: unknown tensor {full!r}; expected names under tokenizer/ and dynamics/")
         quantized = value.ndim == 2 and value.size >= MIN_QUANTIZED_VALUES
         parts[prefix][name] = value.T if quantized and name.endswith("/kernel") else value
+    for name, build in (
+        ("tokenizer", lambda: Tokenizer(config.tokenizer, rngs=nnx.Rngs(0))),
+        ("dynamics", lambda: empty_dynamics(config, meta["num_actions"])),
+    ):
+        check_fits(build, parts[name], where=f"{path}, {name}")
     tokenizer = fill_model(Tokenizer(config.tokenizer, rngs=nnx.Rngs(0)), parts["tokenizer"], where=str(path))
     dynamics = fill_model(empty_dynamics(config, meta["num_actions"]), parts["dynamics"], where=str(path))
     return World(
-        config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta['grid']}) {Path(path).name}"
+        config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta.get('grid')}) {Path(path).name}"
     )
