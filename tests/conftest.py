@@ -30,3 +30,12 @@ def kernel_device() -> str:
     if not torch.cuda.is_available():
         pytest.skip("an NVIDIA driver without a usable GPU; set TRITON_INTERPRET=1 to interpret the kernels")
     return "cuda"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what passing tests have recorded to be read, also from workers: figures that a log of CI should hold."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "figures":
+                terminalreporter.section(report.nodeid)
+                terminalreporter.write_line(str(text))

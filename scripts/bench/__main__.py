@@ -2,6 +2,7 @@
 
     python scripts/bench kernels                   every kernel and whole training steps on one GPU, beside their peers
     python scripts/bench aot [OPERATION ...]       registers, spills and shared memory of every kernel on sm_90 (no GPU)
+    python scripts/bench roofline                  least time of every operation on an H200 and an H100, by arithmetic
     python scripts/bench step                      training steps of one preset, or of two checkouts side by side
     python scripts/bench bytes                     one model on every grid: bytes against bits per byte
     python scripts/bench worldmodel                data, training steps and sampling of the world model
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("aot", "bytes", "kernels", "load", "play", "step", "worldmodel")
+COMMANDS = ("aot", "bytes", "kernels", "load", "play", "roofline", "step", "worldmodel")
 # What the entry imports for artifacts, which no bench writes: a bare CUDA + PyTorch image does not have it.
 CODECS = ("brotli", "zstandard")
 

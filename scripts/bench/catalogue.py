@@ -1,8 +1,9 @@
 """What an operation of `common` with a Triton form must state about itself, and the list of all of them.
 
-One entry serves three commands: `aot` compiles every kernel that the entry launches, at its real shapes, for sm_90;
-`kernels` checks it against float64 and times it beside its peers on a GPU; the tests run both in miniature. So shapes,
-block sizes and options of a launch stand in one place, the function that launches it.
+One entry serves four commands: `aot` compiles every kernel that the entry launches, at its real shapes, for sm_90;
+`kernels` checks it against float64 and times it beside its peers on a GPU; `roofline` tells its least time; the tests
+run all of them in miniature. So shapes, block sizes and options of a launch stand in one place, the function that
+launches it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ class Work:
 
     bytes: int
     flops: int = 0
+
+
+def roofline_ms(work: Sequence[Work], limits: Mapping[str, float]) -> float:
+    """Least time of some passes one after another, at the measured ceilings."""
+    return sum(
+        1e3 * max(w.bytes / limits["copy_bytes_per_s"], w.flops / limits["bfloat16_flops_per_s"]) for w in work
+    )
 
 
 @dataclass(frozen=True)

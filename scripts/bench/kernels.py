@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from common.files import write_atomically
-from scripts.bench.catalogue import OPERATIONS, Form, OpCase, Work, cases_of, run_with_gradients
+from scripts.bench.catalogue import OPERATIONS, Form, OpCase, cases_of, roofline_ms, run_with_gradients
 from scripts.bench.step import StepBench, matmul_flops, operations_ms
 from submissions.jepa_mamba.train_gpt import read_preset
 
@@ -138,13 +138,6 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return found
 
 
-def roofline_ms(work: Sequence[Work], limits: Mapping[str, float]) -> float:
-    """Least time of some passes one after another, at the measured ceilings."""
-    return sum(
-        1e3 * max(w.bytes / limits["copy_bytes_per_s"], w.flops / limits["bfloat16_flops_per_s"]) for w in work
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Operations
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,8 +227,10 @@ def attempt(record: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def tidy(device: torch.device) -> None:
+    """Nothing of what ran before is left to what comes: no memory, no peak of it, no TF32 as the entry's steps set."""
     gc.collect()
     if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -304,6 +299,7 @@ def work_through(parts: Sequence[str], device: torch.device) -> None:
         kind, _, rest = part.partition(":")
         if kind == "ceilings" or not limits:
             limits = ceilings(device)
+            tidy(device)
             say(part="ceilings", record=limits)
         if kind == "step":
             preset, _, variant = rest.partition(":")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -90,14 +91,14 @@ def bracketed(function: Callable, watch: Stopwatch, before: str, inside: str) ->
 
 
 class StepBench:
-    """The entry's trainer with synthetic batches."""
+    """The entry's trainer with synthetic batches, in a process set up for its device as the entry sets it up."""
 
     def __init__(self, options: Mapping[str, Any], device: torch.device, tokens: int | None = None) -> None:
         self.config = configure(options)
         self.device = device
         self.tokens = tokens or self.config.train_batch_tokens
         self.config = replace(self.config, train_batch_tokens=self.tokens)
-        ranks = train_gpt.Ranks(0, 1, device)
+        ranks = self.ranks = train_gpt.join_ranks(device.type, {})
         self.kernels = train_gpt.select_kernels(self.config.kernels, device)
         self.trainer = train_gpt.Trainer(self.config, self.kernels, ranks)
         self.batch = synthetic_batch(self.config, self.tokens, device)
@@ -209,7 +210,8 @@ def serve() -> None:
     torch.set_num_threads(int(options.pop("threads")))
     bench = StepBench(options, torch.device("cpu"))
     first = bench.step()
-    print(json.dumps({"loss": float(first["loss"]), "norm": float(first["grad_norm"])}), flush=True)
+    said = {"loss": float(first["loss"]), "norm": float(first["grad_norm"])}
+    print(json.dumps(said | {"tuning": getattr(bench.ranks, "tuning", "none")}), flush=True)
     for line in sys.stdin:
         print(json.dumps(bench.times_ms(int(line))), flush=True)
 
@@ -246,6 +248,13 @@ class Worker:
         self.process.wait()
 
 
+def cpu_name() -> str:
+    """The processor as Linux or Python calls it."""
+    known = Path("/proc/cpuinfo")
+    names = [line for line in known.read_text().splitlines() if "model name" in line] if known.is_file() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
 def compare(
     ours: Path, theirs: Path, options: Mapping[str, Any], rounds: int, steps: int, threads: int
 ) -> dict[str, Any]:
@@ -262,6 +271,7 @@ def compare(
             worker.close()
     medians = {side: statistics.median(values) for side, values in times.items()}
     return {
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
         "cpu_ms": medians,
         "ratio": medians["ours"] / medians["theirs"],
         "quartiles_ms": {side: statistics.quantiles(values, n=4) for side, values in times.items()},

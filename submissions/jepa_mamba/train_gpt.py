@@ -59,6 +59,7 @@ from common.artifact.container import encode_artifact, load_artifact, save_artif
 from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
+from common.cpu import tune_cpu_process
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -1161,6 +1162,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    tuning: str = ""  # what the process was set to for its device, and why
 
     @property
     def leads(self) -> bool:
@@ -1195,9 +1197,12 @@ def join_ranks(choice: str, environ: Mapping[str, str]) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
+        tuning = "float32 products in TF32"
+    else:
+        tuning = tune_cpu_process()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(rank, world, device)
+    return Ranks(rank, world, device, tuning)
 
 
 class Preempted(SystemExit):
@@ -1828,6 +1833,7 @@ class RunFolder:
         self.text(json.dumps(versions_and_hardware(device)), console=False)
         self.text(json.dumps(asdict(self.config)), console=False)
         self.text(f"kernels: {kernels.name} ({kernels.reason}); device {device}; ranks {self.ranks.world}")
+        self.text(self.ranks.tuning, console=False)
 
     def sync_log(self) -> int:
         """Put log.jsonl on disk; its bytes."""

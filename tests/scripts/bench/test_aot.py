@@ -36,18 +36,18 @@ def compiled(tmp_path: Path, *options: str, cwd: Path = ROOT) -> tuple[int, list
 
 # Two processes, not one an operation: each takes seconds to start.
 @pytest.mark.parametrize("operations", [OPERATIONS[::2], OPERATIONS[1::2]], ids="-".join)
-def test_kernels_compile_without_spills(operations, tmp_path):
+def test_kernels_compile_without_spills(operations, tmp_path, record_property):
     status, rows, output = compiled(tmp_path, *operations, "--quick")
-    print(output)
+    record_property("figures", output)  # printed at the end of a test run: tests/conftest.py
     assert status == 0, output
     assert [row["fault"] for row in rows if row["fault"]] == []
     assert {row["case"].split("/")[0] for row in rows} == set(operations)
 
 
 @pytest.mark.slow
-def test_all_kernels_compile_without_spills(tmp_path):
+def test_all_kernels_compile_without_spills(tmp_path, record_property):
     status, _, output = compiled(tmp_path)
-    print(output)
+    record_property("figures", output)
     assert status == 0, output
 
 
