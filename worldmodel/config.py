@@ -364,7 +364,10 @@ def from_dict(cls: type[ConfigT], values: dict[str, Any], *, where: str = "confi
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {key!r}{hint}")
         built[key] = _convert(hints[key], value, f"{where}.{key}")
-    return cls(**built)
+    try:
+        return cls(**built)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"{where}: a size of {cls.__name__} is out of range ({error}); they are at least 1") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -193,8 +193,6 @@ def load_exported(path: str | Path) -> World:
         config = from_dict(TrainConfig, meta["config"], where=str(path))
     except (ConfigError, KeyError) as error:
         raise ArtifactError(f"{path}: its configuration is not readable ({error}); export it again") from error
-    if config.tokenizer.frame.patch < 1:
-        raise ArtifactError(f"{path}: patch is {config.tokenizer.frame.patch}, expected at least 1")
     check_plausible(config, tensors, where=str(path))
     parts: dict[str, dict[str, np.ndarray]] = {"tokenizer": {}, "dynamics": {}}
     for full, value in tensors.items():

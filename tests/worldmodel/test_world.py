@@ -266,7 +266,7 @@ def test_artifacts_of_another_shape_are_refused(worlds, tmp_path, monkeypatch):
         (("tokenizer", "quantizer"), {"codes": 1 << 40}, "tokenizer.quantizer.codes is 1099511627776"),
         (("tokenizer", "encoder"), {"dim": 60_000, "heads": 2}, "tensors do not fit"),
         (("tokenizer", "frame"), {"height": -8}, "tokenizer.frame.height is -8"),
-        (("tokenizer", "frame"), {"patch": 0}, "patch is 0"),
+        (("tokenizer", "frame"), {"patch": 0}, "a size of FrameConfig is out of range"),
     ],
 )
 def test_artifacts_that_lie_about_their_size_are_refused_before_they_are_built(worlds, tmp_path, part, change, says):
