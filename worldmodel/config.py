@@ -367,7 +367,7 @@ def from_dict(cls: type[ConfigT], values: dict[str, Any], *, where: str = "confi
     try:
         return cls(**built)
     except (ZeroDivisionError, OverflowError) as error:
-        raise ConfigError(f"{where}: a size of {cls.__name__} is out of range ({error}); they are at least 1") from error
+        raise ConfigError(f"{where}: a size of {cls.__name__} is out of range ({error}); use at least 1") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
