@@ -38,7 +38,6 @@ from worldmodel.train.loop import train
 
 PROFILES = ("cpu", "gpu", "paper")
 BAD_INPUT_STATUS = 2
-STOPPED_STATUS = 3
 
 
 @dataclass(frozen=True)
@@ -219,9 +218,8 @@ def _export(command: ExportCommand) -> None:
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
-        console = TrainingConsole(as_json=command.log_json)
-        summary = train(command.config, overwrite=command.overwrite, console=console)
-        return 0 if summary["status"] == "finished" else STOPPED_STATUS
+        train(command.config, overwrite=command.overwrite, console=TrainingConsole(as_json=command.log_json))
+        return 0  # stopped by a signal, too: it has saved, and the same command goes on
     if isinstance(command, CollectConfig):
         run_collect(command)
     elif isinstance(command, ImportConfig):

@@ -335,6 +335,8 @@ class TrainConfig:
     eval_every: int = 500
     eval_clips: int = 32
     checkpoint_every: int = 500
+    nonfinite_limit: int = 10
+    """Steps whose loss or gradient is not finite before the run stops; they change nothing but the count."""
     keep_checkpoints: int = 2
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept forever; 0 keeps only the newest `keep_checkpoints`."""
@@ -371,6 +373,7 @@ RESUMABLE_FIELDS = frozenset(
     {
         "data_dir", "run_dir", "tokenizer_run", "lam_run", "token_dir", "mesh", "loader_threads", "log_every",
         "eval_every", "eval_clips", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard", "wandb",
+        "nonfinite_limit",
     }
 )  # fmt: skip
 
@@ -456,7 +459,10 @@ def from_dict(cls: type[ConfigT], values: dict[str, Any], *, where: str = "confi
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {key!r}{hint}")
         built[key] = _convert(hints[key], value, f"{where}.{key}")
-    return cls(**built)
+    try:
+        return cls(**built)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"{where}: a size of {cls.__name__} is out of range ({error}); use at least 1") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -503,7 +509,7 @@ def read_json(path: str | Path, *, what: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; expected {what}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error}); expected {what}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object with {what}, got {type(value).__name__}")

@@ -7,6 +7,7 @@ counters). It is read back into fresh models, strictly: every name and shape mus
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from common.quant.plan import ModelPlan, fit_budget, plan_model
 from worldmodel.config import TrainConfig, from_dict, to_dict
 from worldmodel.data.tokenize import tokenizer_sha256
 from worldmodel.fisher import matrix_rows
+from worldmodel.models.dynamics import Dynamics
 from worldmodel.models.kinds import build_dynamics
-from worldmodel.models.token_dynamics import TokenDynamics, standardize_codes
+from worldmodel.models.token_dynamics import standardize_codes
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.rollout.world import World
 from worldmodel.train.state import Functional, fill_names, flatten_names, values_of
@@ -40,6 +42,7 @@ FITTED = "fitted"  # steps by what the world's losses say, as many bits as asked
 GRID_NAMES = (*GRIDS, FITTED)
 FITTED_RATE = 0.25  # weight of the coder's cost in rounding, as for language models
 MIN_QUANTIZED_VALUES = 512
+MOST_CLAIMED = 1 << 16  # sizes up to this one are plausible in any artifact
 
 
 def inference_values(model: Any) -> dict[str, np.ndarray]:
@@ -72,6 +75,11 @@ def fill_model(model: Any, flat: dict[str, np.ndarray], *, where: str) -> Any:
     return Functional(model).merge(*filled)
 
 
+def derives_codes(config: TrainConfig) -> bool:
+    """Whether the dynamics holds a copy of the codebook, which is not stored: it follows from the tokenizer's."""
+    return config.dynamics.kind != "diffusion" and config.dynamics.tie_codebook
+
+
 def stored_values(world: World) -> dict[str, np.ndarray]:
     """All arrays of an artifact by name, matrices with one output a row, before any rounding.
 
@@ -84,6 +92,49 @@ def stored_values(world: World) -> dict[str, np.ndarray]:
             if full != DERIVED:
                 values[full] = np.ascontiguousarray(matrix_rows(name, value)) if is_quantized(value) else value
     return values
+
+
+def check_fits(build: Callable[[], Any], flat: dict[str, np.ndarray], *, where: str) -> None:
+    """Lay a model out without memory and hold its inference values against those of a file.
+
+    Raises:
+        ArtifactError: the model cannot be built, or a name or shape differs.
+    """
+    try:
+        params, stats = values_of(nnx.eval_shape(build))
+    except (ConfigError, ValueError, TypeError, ArithmeticError, IndexError, AssertionError, StopIteration) as error:
+        raise ArtifactError(f"{where}: describes a model that cannot be built ({str(error)[:300]})") from error
+    wanted = {f"params/{name}": tuple(value.shape) for name, value in flatten_names(params).items()}
+    wanted |= {f"stats/{name}": tuple(value.shape) for name, value in flatten_names(stats).items()}
+    wanted = {name: shape for name, shape in wanted.items() if not name.endswith(TRAINING_ONLY)}
+    held = {name: value.shape for name, value in flat.items()}
+    if differing := sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name)):
+        name = differing[0]
+        raise ArtifactError(
+            f"{where}: {len(differing)} tensors do not fit the model that it describes, the first {name}: "
+            f"{held.get(name, 'absent')} held, {wanted.get(name, 'none')} described"
+        )
+
+
+def check_plausible(config: TrainConfig, tensors: dict[str, np.ndarray], *, where: str) -> None:
+    """Refuse sizes that no model made of these tensors can have, before anything is built.
+
+    Raises:
+        ArtifactError: one is too large or not positive.
+    """
+    most = max(MOST_CLAIMED, sum(value.size for value in tensors.values()))
+    sizes = {
+        f"{part}.{name}": value
+        for part in ("tokenizer", "lam", "dynamics")
+        for name, value in flatten_names(to_dict(getattr(config, part))).items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    }
+    sizes |= {f"fsq_levels {i}": level for i, level in enumerate(config.tokenizer.quantizer.fsq_levels)}
+    sizes["values of the codebook"] = config.tokenizer.quantizer.codes * config.tokenizer.quantizer.latent_dim
+    for name, value in sizes.items():
+        limit = len(tensors) + 64 if name.endswith("layers") else most
+        if not 0 <= value <= limit:
+            raise ArtifactError(f"{where}: {name} is {value}; what it holds allows 0 to {limit}")
 
 
 def is_quantized(value: np.ndarray) -> bool:
@@ -171,7 +222,8 @@ def load_exported(path: str | Path) -> World:
         ArtifactError: damaged, not a world, or not of the configuration that it states.
     """
     tensors, meta = load_artifact(path)
-    if meta.get("format") not in FORMATS or not isinstance(meta.get("num_actions"), int):
+    actions = meta.get("num_actions")
+    if meta.get("format") not in FORMATS or type(actions) is not int or not 0 <= actions < 1 << 15:
         raise ArtifactError(
             f"{path}: meta format is {meta.get('format')!r}, expected one of {', '.join(FORMATS)}: "
             "not a world-model artifact"
@@ -180,19 +232,28 @@ def load_exported(path: str | Path) -> World:
         config = from_dict(TrainConfig, meta["config"], where=str(path))
     except (ConfigError, KeyError) as error:
         raise ArtifactError(f"{path}: its configuration is not readable ({error}); export it again") from error
+    check_plausible(config, tensors, where=str(path))
     parts: dict[str, dict[str, np.ndarray]] = {"tokenizer": {}, "dynamics": {}}
     for full, value in tensors.items():
         prefix, _, name = full.partition("/")
         if prefix not in parts:
             raise ArtifactError(f"{path}: unknown tensor {full!r}; expected names under tokenizer/ and dynamics/")
         parts[prefix][name] = matrix_rows(name, value) if is_quantized(value) else value
-    tokenizer = fill_model(Tokenizer(config.tokenizer, rngs=nnx.Rngs(0)), parts["tokenizer"], where=str(path))
-    empty = build_dynamics(config, num_actions=meta["num_actions"], rngs=nnx.Rngs(0))
-    if isinstance(empty, TokenDynamics) and config.dynamics.tie_codebook and meta["format"] != FORMATS[0]:
+
+    def build_tokenizer() -> Tokenizer:
+        return Tokenizer(config.tokenizer, rngs=nnx.Rngs(0))
+
+    def build_empty_dynamics() -> Dynamics:
+        return build_dynamics(config, num_actions=actions, rngs=nnx.Rngs(0))
+
+    check_fits(build_tokenizer, parts["tokenizer"], where=f"{path}, tokenizer")
+    tokenizer = fill_model(build_tokenizer(), parts["tokenizer"], where=str(path))
+    if derives_codes(config) and meta["format"] != FORMATS[0]:
         if DERIVED in tensors:
             raise ArtifactError(f"{path}: holds {DERIVED}, which follows from the codebook")
         parts["dynamics"][DERIVED.partition("/")[2]] = standardize_codes(np.asarray(tokenizer.quantizer.codes))
-    dynamics = fill_model(empty, parts["dynamics"], where=str(path))
+    check_fits(build_empty_dynamics, parts["dynamics"], where=f"{path}, dynamics")
+    dynamics = fill_model(build_empty_dynamics(), parts["dynamics"], where=str(path))
     return World(
-        config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta['grid']}) {Path(path).name}"
+        config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta.get('grid')}) {Path(path).name}"
     )

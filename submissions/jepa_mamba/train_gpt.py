@@ -30,11 +30,13 @@ import copy
 import difflib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -61,8 +63,16 @@ from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
 from common.console import TrainingConsole, peak_memory_bytes, progress_text
 from common.cpu import tune_cpu_process
-from common.errors import CheckpointError, ConfigError, GolfError, ShardError, TokenizerError
-from common.files import write_atomically
+from common.errors import (
+    CheckpointError,
+    ConfigError,
+    GolfError,
+    ShardError,
+    StorageError,
+    TokenizerError,
+    TrainingError,
+)
+from common.files import remove_temporaries, storing, sync_folder, write_atomically
 from common.gated_norm.torch_impl import gated_rms_norm_torch
 from common.gated_norm.triton_impl import gated_rms_norm_triton
 from common.optim.muon import NEWTON_SCHULZ_POLYNOMIALS, Muon, newton_schulz_torch
@@ -215,6 +225,7 @@ class Config:
     beta2: float = option(0.95, "AdamW")
     adam_eps: float = option(1e-8, "AdamW")
     grad_clip_norm: float = option(1.0, "global gradient norm at most; 0: off")
+    nonfinite_limit: int = option(10, "steps whose gradient is not finite, and counts as zero, before the run stops")
     ema_decay: float = option(0.0, "moving average of the weights, which then ships; 0: off")
     ema_start_fraction: float = option(0.5, "fraction of the run after which averaging starts")
     # Quantization
@@ -288,6 +299,7 @@ RESUME_FREE_FIELDS = frozenset(
         *("runs_dir", "device", "kernels", "compile_model", "cuda_graphs", "data_path", "tokenizer_path"),
         "micro_batch_tokens",
         *("eval_seconds", "eval_tokens_per_s", "latent_log_every"),
+        "nonfinite_limit",
         *("val_batch_size", "train_log_every", "checkpoint_every", "checkpoint_keep", "eval_lanes", "warmup_steps"),
     }
 )
@@ -1129,6 +1141,7 @@ class Masters:
                 self.spec[name] = storage_spec(name.removeprefix("lm."), master, config)
             if optimizer_group(name, parameter) != "scalar":
                 parameter.data = parameter.data.to(compute_dtype)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps whose gradient was not finite
         self.ema: dict[str, Tensor] = {}
         self.steps: dict[str, Tensor] = {}  # free steps that training snaps to: (R + C,) on the device, by name
         self.steps_nats = 0.0  # of the plan that they come from
@@ -1306,11 +1319,15 @@ def join_ranks(choice: str, environ: Mapping[str, str]) -> Ranks:
     return Ranks(rank, world, device, tuning)
 
 
+class Preempted(SystemExit):
+    """The run ends with status 0: it was asked to, and the same command goes on from what it saved."""
+
+
 class Interruption:
-    """Remembers a SIGTERM (preemption) while it is entered, so that the step in flight can end first."""
+    """While it is entered, a SIGTERM (preemption) raises `Preempted`: at once, or behind a `deferred` block."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.patient = False
 
     def __enter__(self) -> Interruption:
         self.previous = signal.signal(signal.SIGTERM, self._ask)
@@ -1318,9 +1335,22 @@ class Interruption:
 
     def _ask(self, signum: int, frame: Any) -> None:
         self.asked = True
+        if not self.patient:
+            raise Preempted(0)
 
     def __exit__(self, *exception: object) -> None:
         signal.signal(signal.SIGTERM, self.previous)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a SIGTERM is only remembered, so that the step in flight can end first."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+        if self.asked:
+            raise Preempted(0)
 
 
 def seconds_now(clock: str) -> float:
@@ -1329,7 +1359,10 @@ def seconds_now(clock: str) -> float:
 
 
 class Clock:
-    """Seconds that the model has been learning, agreed between ranks by the leader's reading once a step."""
+    """Seconds that the model has been learning, agreed between ranks by the leader's reading once a step.
+
+    It is monotonic: setting the system's time does not move it. A SIGTERM to any rank reaches all with the reading.
+    """
 
     def __init__(self, ranks: Ranks, kind: str, elapsed_s: float, interruption: Interruption) -> None:
         self.ranks, self.kind, self.elapsed_s, self.interruption = ranks, kind, elapsed_s, interruption
@@ -1345,8 +1378,8 @@ class Clock:
         now_s = self.elapsed_s + (seconds_now(self.kind) - self.started_s if self.started_s is not None else 0.0)
         if self.ranks.world == 1:
             return now_s, self.interruption.asked
-        reading = torch.tensor([now_s, float(self.interruption.asked)], dtype=torch.float64)
-        dist.broadcast(reading, src=0, group=self.group)
+        reading = torch.tensor([now_s if self.ranks.leads else 0.0, self.interruption.asked], dtype=torch.float64)
+        dist.all_reduce(reading, group=self.group)
         return float(reading[0]), bool(reading[1])
 
     def step_done(self) -> tuple[float, bool]:
@@ -1423,8 +1456,11 @@ def manifest_original_bytes(pattern: str, tokens: int) -> int | None:
     path = list_shards(pattern)[0].parent / "manifest.json"
     if not path.is_file():
         return None
-    split = json.loads(path.read_text(encoding="utf-8")).get("splits", {}).get("val", {})
-    return int(split["original_bytes"]) if split.get("tokens") == tokens and split.get("original_bytes") else None
+    try:
+        split = json.loads(path.read_text(encoding="utf-8")).get("splits", {}).get("val", {})
+        return int(split["original_bytes"]) if split.get("tokens") == tokens and split.get("original_bytes") else None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); make it again or delete it") from error
 
 
 @dataclass(frozen=True)
@@ -2030,6 +2066,11 @@ class RunFolder:
         self.artifact = self.path / "model.artifact"
         self.summary = self.path / "summary.json"
         self.config, self.ranks = config, ranks
+        # Where the checkpoint stands that the run goes on from: what log.jsonl held, the last step that was validated.
+        self.logged_bytes = self.validated_step = 0
+
+    def checkpoint_of(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}.safetensors"
 
     def open(self, command: Command) -> None:
         """Create or reopen. Raises ConfigError for a finished run, CheckpointError for another configuration."""
@@ -2039,16 +2080,31 @@ class RunFolder:
                 if self.summary.exists():
                     raise ConfigError(f"{self.path} is finished; use another --run_id or --overwrite")
                 if record.exists():
-                    self._check_same(json.loads(record.read_text(encoding="utf-8"))["config"])
+                    self._check_same(self._recorded_config(record))
             except GolfError:
                 if not command.overwrite:
                     raise
                 shutil.rmtree(self.path)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            with storing(self.path):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                remove_temporaries(self.path)
+                remove_temporaries(self.checkpoints)
             write_atomically(
                 record, json.dumps({"preset": command.preset, "config": asdict(self.config)}, indent=1).encode()
             )
         self.ranks.barrier()
+
+    def _recorded_config(self, record: Path) -> dict[str, Any]:
+        try:
+            config = json.loads(record.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{record} is damaged ({type(error).__name__}: {error}); expected what this program wrote: delete that "
+                "file to go on from the newest checkpoint, which knows its configuration, or use --overwrite"
+            ) from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{record}: config is {config!r}, expected an object; delete that file to go on")
+        return config
 
     def _check_same(self, before: dict[str, Any]) -> None:
         now = asdict(self.config)
@@ -2060,18 +2116,12 @@ class RunFolder:
             )
 
     def begin_logs(self, step: int, device: torch.device, kernels: Kernels) -> None:
-        """Open train.log with the sources that run; drop log lines of steps that a resumed run will repeat."""
+        """Open train.log with the sources that run; drop what was logged behind the checkpoint: it is done again."""
         if not self.ranks.leads:
             return
         log = self.path / "log.jsonl"
-        kept = []
-        if log.exists() and step > 0:
-            for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-                if (
-                    line.endswith("\n") and json.loads(line).get("step", 0) <= step
-                ):  # a killed run may leave half a line
-                    kept.append(line)
-        write_atomically(log, "".join(kept).encode())
+        kept = log.read_bytes()[: self.logged_bytes] if log.exists() else b""
+        write_atomically(log, kept[: kept.rfind(b"\n") + 1])
         if step == 0:
             write_atomically(self.path / "train.log", b"")
             sources = our_sources()
@@ -2082,18 +2132,54 @@ class RunFolder:
         self.text(f"kernels: {kernels.name} ({kernels.reason}); device {device}; ranks {self.ranks.world}")
         self.text(self.ranks.tuning, console=False)
 
+    def sync_log(self) -> int:
+        """Put log.jsonl on disk; its bytes."""
+        log = self.path / "log.jsonl"
+        if not log.exists():
+            return 0
+        with storing(log), open(log, "rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
     def text(self, line: str, console: bool = True) -> None:
         if self.ranks.leads:
             if console:
                 self.console.say(line)
-            with open(self.path / "train.log", "a", encoding="utf-8") as file:
+            log = self.path / "train.log"
+            with storing(log), open(log, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def event(self, **values: Any) -> None:
         if self.ranks.leads:
-            with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            log = self.path / "log.jsonl"
+            with storing(log), open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
             self.console.entry(values)
+
+
+def checkpoint_digest(state: str, tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of a checkpoint: its header's text, and name, type, shape and bytes of every tensor (on the CPU)."""
+    digest = hashlib.blake2b(state.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a checkpoint. Raises CheckpointError if it is not, bit for bit, what was saved."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if checkpoint_digest(metadata["state"], tensors) != metadata["blake2b"]:
+            raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not fit its checksum")
+        return json.loads(metadata["state"]), tensors
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def save_checkpoint(
@@ -2104,9 +2190,11 @@ def save_checkpoint(
     elapsed_s: float,
     loader_state: dict[str, Any],
 ) -> None:
-    """Write checkpoints/step_N.safetensors atomically and keep the newest `checkpoint_keep`. Leader only.
+    """Write checkpoints/step_N.safetensors, read it back, and keep the newest `checkpoint_keep`. Leader only.
 
-    Plain tensors and JSON; nothing is pickled. No generator state: every random draw is a function of (seed, step).
+    Plain tensors and JSON under a checksum; nothing is pickled. No generator state: every random draw is a function of
+    (seed, step). A file has its final name once it is whole, on disk and verified; older ones go after that. Raises
+    StorageError; older checkpoints are then as they were.
     """
     tensors = {f"master/{name}": p.detach() for name, p in masters.master.items()}
     tensors |= {f"ema/{name}": t for name, t in masters.ema.items()}
@@ -2116,18 +2204,33 @@ def save_checkpoint(
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 tensors[f"{kind}/{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
-    from safetensors.torch import save_file  # not on top: a bench of steps needs no file format
+    from safetensors import SafetensorError  # not on top: a bench of steps needs no file format
+    from safetensors.torch import save_file
 
     header = {"step": step, "elapsed_s": elapsed_s, "loader": loader_state, "config": asdict(folder.config)}
-    header["steps_nats"] = masters.steps_nats
-    path = folder.checkpoints / f"step_{step:08d}.safetensors"
+    header |= {"steps_nats": masters.steps_nats, "skipped": int(masters.skipped)}
+    header |= {"logged_bytes": folder.sync_log(), "validated_step": folder.validated_step}
+    state, tensors = json.dumps(header), {k: t.cpu().contiguous() for k, t in tensors.items()}
+    metadata = {"state": state, "blake2b": checkpoint_digest(state, tensors)}
+    path = folder.checkpoint_of(step)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata={"state": json.dumps(header)})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    for old in sorted(folder.checkpoints.glob("step_*.safetensors"))[: -max(folder.config.checkpoint_keep, 1)]:
-        old.unlink()
+    with storing(path):
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            read_checkpoint(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except (SafetensorError, CheckpointError) as error:
+            raise StorageError(
+                f"{path}: not saved ({error}); free space or use another disk. Older checkpoints are as they were: the "
+                "same command goes on from the newest"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        for old in sorted(folder.checkpoints.glob("step_*.safetensors"))[: -max(folder.config.checkpoint_keep, 1)]:
+            old.unlink()
 
 
 def load_checkpoint(
@@ -2141,36 +2244,42 @@ def load_checkpoint(
     found = sorted(folder.checkpoints.glob("step_*.safetensors"), reverse=True)
     if not found:
         return 0, 0.0, None
-    from safetensors import SafetensorError, safe_open
-
     for path in found:
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["state"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            folder.text(f"checkpoint {path} is damaged ({error}); trying the one before it")
+            header, tensors = read_checkpoint(path)
+        except CheckpointError as error:
+            folder.text(f"{error}; trying the one before it")
             continue
-        folder._check_same(header["config"])
-        with torch.no_grad():
-            for name, master in masters.master.items():
-                master.copy_(tensors[f"master/{name}"])
-                if f"ema/{name}" in tensors:
-                    masters.ema[name] = tensors[f"ema/{name}"].to(master.device)
-        steps = {key.removeprefix("steps/lm."): t for key, t in tensors.items() if key.startswith("steps/")}
-        masters.train_on(steps, header["steps_nats"])
-        for kind, optimizer in optimizers.items():
-            state_dict = optimizer.state_dict()
-            order = [p for group in optimizer.param_groups for p in group["params"]]
-            names = {id(p): name for name, p in masters.master.items()}
-            state_dict["state"] = {}
-            for i, parameter in enumerate(order):
-                prefix = f"{kind}/{names[id(parameter)]}/"
-                state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-                if state:
-                    state_dict["state"][i] = state
-            optimizer.load_state_dict(state_dict)
-        return header["step"], header["elapsed_s"], header["loader"]
+        try:
+            folder._check_same(header["config"])
+            with torch.no_grad():
+                for name, master in masters.master.items():
+                    master.copy_(tensors[f"master/{name}"])
+                    if f"ema/{name}" in tensors:
+                        masters.ema[name] = tensors[f"ema/{name}"].to(master.device)
+            steps = {key.removeprefix("steps/lm."): t for key, t in tensors.items() if key.startswith("steps/")}
+            masters.train_on(steps, header["steps_nats"])
+            masters.skipped.fill_(header["skipped"])
+            folder.logged_bytes, folder.validated_step = int(header["logged_bytes"]), int(header["validated_step"])
+            for kind, optimizer in optimizers.items():
+                state_dict = optimizer.state_dict()
+                order = [p for group in optimizer.param_groups for p in group["params"]]
+                names = {id(p): name for name, p in masters.master.items()}
+                state_dict["state"] = {}
+                for i, parameter in enumerate(order):
+                    prefix = f"{kind}/{names[id(parameter)]}/"
+                    state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+                    if any(t.shape not in ((), parameter.shape) for t in state.values()):
+                        raise ValueError(f"{prefix} has another shape than its parameter")
+                    if state:
+                        state_dict["state"][i] = state
+                optimizer.load_state_dict(state_dict)
+            return int(header["step"]), float(header["elapsed_s"]), header["loader"]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this model ({type(error).__name__}: {error}); delete it, or start "
+                "over with --overwrite"
+            ) from error
     raise CheckpointError(
         f"{folder.checkpoints}: all {len(found)} checkpoints are damaged; delete them to start over"
     )
@@ -2476,6 +2585,7 @@ class Trainer:
         self.loss = torch.compile(self.model) if config.compile_model else self.model
         self.captured = CapturedStep(self.update) if config.cuda_graphs else None
         self.current: Mapping[str, float | Tensor] = self.numbers(Progress(0, 0.0))
+        self.skipped_batch: tuple[Tensor, Tensor, Tensor] | None = None  # step, x and y of the last one skipped
         # A graph reads the numbers that change from step to step out of the device's memory.
         self.rates = {name: torch.zeros((), device=ranks.device) for name in self.current}
 
@@ -2485,7 +2595,7 @@ class Trainer:
         rates = {f"lr/{kind}": lr * scale for kind, lr in self.base_lr.items()}
         momentum = momentum_at(at.step, self.config)
         latent = {"sigreg_lambda": sigreg_lambda_at(at, self.config), "jepa_scale": jepa_scale_at(at, self.config)}
-        return rates | {"momentum": momentum} | latent
+        return rates | {"momentum": momentum, "step": at.step} | latent
 
     def step_plan(self, at: Progress) -> StepPlan:
         c, after = self.config, at._replace(step=at.step + 1)
@@ -2529,6 +2639,7 @@ class Trainer:
         norm = torch.linalg.vector_norm(self.masters.flat_gradient)
         if c.grad_clip_norm > 0:
             self.masters.flat_gradient.mul_(torch.clamp(c.grad_clip_norm / (norm + 1e-6), max=1.0))
+        self.skip_unless(torch.isfinite(norm), x_BT, y_BT)
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.current[f"lr/{kind}"]
@@ -2539,6 +2650,21 @@ class Trainer:
             self.masters.update_ema(c.ema_decay)
         self.masters.publish(plan.on_grid)
         return losses | {"grad_norm": norm}
+
+    def skip_unless(self, finite: Tensor, x_BT: Tensor, y_BT: Tensor) -> None:
+        """A gradient that is not finite (on any rank) counts as zero; the step is counted and its batch kept.
+
+        Momentum and decay go on, as for any gradient of zero. All on the device: nobody waits to learn of it.
+        """
+        bad = ~finite
+        self.masters.flat_gradient.masked_fill_(bad, 0.0)
+        self.masters.skipped += bad
+        step = self.current["step"]
+        step = step if isinstance(step, Tensor) else torch.full((), step, device=bad.device)
+        if self.skipped_batch is None:
+            self.skipped_batch = (torch.zeros_like(step), torch.zeros_like(x_BT), torch.zeros_like(y_BT))
+        for kept, new in zip(self.skipped_batch, (step, x_BT, y_BT), strict=True):
+            kept.copy_(torch.where(bad, new, kept))
 
     def step(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
         """One optimizer step. Returns this rank's detached losses, and the gradient norm before clipping.
@@ -2591,6 +2717,7 @@ class Trainer:
         weights = {name: p.detach().clone() for name, p in self.masters.master.items()}
         averages = {name: t.clone() for name, t in self.masters.ema.items()}
         states = {kind: copy.deepcopy(o.state_dict()) for kind, o in self.optimizers.items()}
+        skipped = self.masters.skipped.clone()
         try:
             yield
         finally:
@@ -2598,6 +2725,7 @@ class Trainer:
                 for name, parameter in self.masters.master.items():
                     parameter.copy_(weights[name])
             self.masters.ema = averages
+            self.masters.skipped.copy_(skipped)
             for kind, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(states[kind])
             if self.captured is not None:
@@ -2732,12 +2860,12 @@ class Run:
             vocab_size=self.config.vocab_size,
         )
 
-    def drive(self) -> tuple[float, float]:
+    def drive(self, interruption: Interruption) -> tuple[float, float]:
         """Train until the steps or the seconds are used up: (softmax temperature, seconds of learning)."""
         with self.folder.console.live("train"):
-            return self.drive_steps()
+            return self.drive_steps(interruption)
 
-    def drive_steps(self) -> tuple[float, float]:
+    def drive_steps(self, interruption: Interruption) -> tuple[float, float]:
         config, console = self.config, self.folder.console
         triton = self.kernels.name == "triton"
         compiled = (("torch.compile", config.compile_model), ("Triton", triton), ("CUDA graph", config.cuda_graphs))
@@ -2748,8 +2876,10 @@ class Run:
         self.at = self.at._replace(reserved_s=self.ranks.from_leader(1.25 * last_s))
         prefetcher, first_step = Prefetcher(self.loader, self.ranks.device), self.at.step + 1
         last_step_s, logged = 0.0, self.at
-        with Interruption() as interruption, contextlib.closing(prefetcher):
+        with interruption.deferred(), contextlib.closing(prefetcher):
             clock = Clock(self.ranks, config.clock, self.at.elapsed_s, interruption)
+            if self.validation_due():
+                self.validate()
             clock.start()
             while self.at.step < config.iterations:
                 if self.readings:
@@ -2780,26 +2910,24 @@ class Run:
                     self.log(losses, batch, logged)
                     logged = self.at
                 saving = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
-                validating = (
-                    config.val_loss_every > 0 and step % config.val_loss_every == 0 and step < config.iterations
-                )
+                validating = self.validation_due() and not interrupted  # the run that goes on does it then
                 measuring = config.latent_log_every > 0 and step % config.latent_log_every == 0 and config.jepa_on
                 if saving or validating or measuring or interrupted:  # none of these teaches the model
                     stopped_s = clock.stop()
                     self.at = self.at if self.readings else self.at._replace(elapsed_s=stopped_s)
-                    if saving or interrupted:
-                        self.checkpoint()
-                    if interrupted:
-                        self.folder.text(f"interrupted at step {step}; the same command goes on from here")
-                        raise SystemExit(0)
                     if validating:
                         self.validate()
                     if measuring:
                         found = self.trainer.measure_latents(batch, self.at)
                         self.folder.event(event="latents", step=step, **found)
+                    if saving or interrupted:
+                        self.checkpoint()
+                    if interrupted:
+                        raise Preempted(0)
                     clock.start()
             if config.max_wallclock_seconds > 0:
                 self.folder.event(event="clock", **self.at._asdict())  # the last reading: there is no step after it
+            self.check_skipped()
             temperature = 1.0
             if config.free_steps:
                 plan = self.choose_steps(prefetcher, keep=True)
@@ -2810,6 +2938,11 @@ class Run:
             train_s = clock.stop()
         self.folder.text(f"trained {self.at.step} steps in {train_s:.2f} s; temperature {temperature:.2f}")
         return temperature, train_s
+
+    def validation_due(self) -> bool:
+        step, every = self.at.step, self.config.val_loss_every
+        due = 0 < step < self.config.iterations and every > 0 and step % every == 0
+        return due and self.folder.validated_step < step
 
     def free_training_begins(self) -> bool:
         c = self.config
@@ -2836,7 +2969,8 @@ class Run:
     def choose_steps(self, prefetcher: Prefetcher, keep: bool = False) -> ModelPlan:
         """Free steps and codes for the weights as they are; `keep` leaves weights and statistics in the run folder."""
         batches = [prefetcher.next() for _ in range(self.statistics_batches())]
-        self.loader_state = batches[-1].loader_state  # a resumed run goes on behind them, as this one does
+        if not keep:
+            self.loader_state = batches[-1].loader_state  # a resumed run goes on behind them, as this one does
         statistics = self.trainer.statistics(batches)
         budget_bytes = self.artifact_budget_bytes()
         plan, points = self.trainer.plan(statistics, self.tokenizer, budget_bytes)
@@ -2864,12 +2998,10 @@ class Run:
     def log(self, losses: Mapping[str, Tensor], batch: StepBatch, logged: Progress) -> None:
         """One line and one JSON object: means over ranks, bits per byte of the leader's batch."""
         at, config = self.at, self.config
+        self.check_skipped()
+        skipped = int(self.trainer.masters.skipped)
         means = self.ranks.sum(torch.stack([v.detach().float() for v in losses.values()])) / self.ranks.world
         values = dict(zip(losses, means.tolist(), strict=True))
-        if not all(math.isfinite(v) for v in values.values()):
-            raise GolfError(
-                f"step {at.step}: losses are not finite ({values}); lower the learning rates or check the data"
-            )
         x_N, y_N = batch.x_BT.cpu().numpy().ravel(), batch.y_BT.cpu().numpy().ravel()
         spelled_bytes = int(token_bytes(self.validation.table, x_N, y_N).sum())
         values["train_bpb"] = bits_per_byte(values.get("ce", math.nan) * len(y_N), spelled_bytes)
@@ -2884,17 +3016,52 @@ class Run:
             "eta_s": seconds_left(at, config),
             "memory_bytes": held_memory_bytes(self.ranks.device),
             "lr_scale": learning_rate_scale(at, config),
-            **values,
+            "skipped": skipped,
+            **{key: value if math.isfinite(value) else None for key, value in values.items()},
         }
         self.folder.event(**entry)
         self.folder.console.progress(entry, at.fraction(config))
-        self.folder.text(progress_text(entry), console=False)
+        line = progress_text(entry)
+        if skipped:
+            line += f" ({skipped} steps without a finite gradient)"
+        self.folder.text(line, console=False)
+
+    def check_skipped(self) -> None:
+        """Stop if too many gradients were not finite. Raises TrainingError; every rank keeps the last such batch."""
+        skipped, kept = int(self.trainer.masters.skipped), self.trainer.skipped_batch
+        if skipped <= self.config.nonfinite_limit or kept is None:
+            return
+        step, x_BT, y_BT = (tensor.cpu().numpy() for tensor in kept)
+        path = self.folder.path / f"nonfinite_rank{self.ranks.rank}.npz"
+        content = io.BytesIO()
+        np.savez(content, step=step, x_BT=x_BT, y_BT=y_BT)
+        write_atomically(path, content.getvalue())
+        raise TrainingError(
+            f"step {self.at.step}: {skipped} steps had gradients that are not finite, at most "
+            f"{self.config.nonfinite_limit} are skipped (--nonfinite_limit); the last was step {int(step) + 1}, its "
+            f"batch is in {path}. Lower the learning rates or look at that text; checkpoints hold finite weights"
+        )
 
     def checkpoint(self) -> None:
+        self.check_skipped()
+        self.save()
+        self.ranks.barrier()
+
+    def save(self) -> None:
         if self.ranks.leads:
             masters, optimizers = self.trainer.masters, self.trainer.optimizers
             save_checkpoint(self.folder, masters, optimizers, self.at.step, self.at.elapsed_s, self.loader_state)
-        self.ranks.barrier()
+
+    def complete(self, interruption: Interruption) -> None:
+        """Train, export and score; a SIGTERM on the way leaves a checkpoint. Raises Preempted behind it."""
+        try:
+            self.finish(*self.drive(interruption))
+        except Preempted:
+            interruption.patient = True
+            if not self.folder.checkpoint_of(self.at.step).exists():
+                self.save()
+            self.folder.text(f"interrupted at step {self.at.step}; the same command goes on from here")
+            raise
 
     def score(self, mode: str, validation: Validation, temperature: float, on_grid: bool = True) -> Score:
         """The weights that would ship, or their float form, as they stand."""
@@ -2920,6 +3087,7 @@ class Run:
             eval_mode=mode,
             trained_tokens=self.at.step * self.config.train_batch_tokens,
         )
+        self.folder.validated_step = self.at.step
 
     def finish(self, temperature: float, train_s: float) -> None:
         """Diagnose, export, read back, score, and write summary.json. Raises ArtifactError over the budget."""
@@ -2980,25 +3148,38 @@ class Run:
         )
 
 
+def serve(command: Command, interruption: Interruption) -> None:
+    """Do what a command says, as one of its ranks. Raises GolfError, Preempted."""
+    ranks = join_ranks(command.config.device, os.environ)
+    try:
+        if command.score:
+            pattern = command.val or str(Path(command.config.data_path) / "*_val_*.bin")
+            result = score_artifact(command, command.score, pattern, ranks)
+            if ranks.leads:
+                print(json.dumps(result))
+        elif command.generate:
+            print(generate_text(command, command.generate, ranks))
+        else:
+            Run(command, ranks).complete(interruption)
+    except (dist.DistError, RuntimeError) as error:  # gloo's and the store's are of no class of their own
+        if ranks.world == 1 or not re.search("gloo|NCCL|TCPStore|[Cc]onnection", str(error)):
+            raise
+        raise TrainingError(
+            f"rank {ranks.rank}: another process of the run was lost ({str(error).splitlines()[0][:200]}); start "
+            "the same command again, it goes on from the newest checkpoint, or let torchrun do so: --max-restarts"
+        ) from error
+    finally:
+        if ranks.world > 1:
+            dist.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for input that cannot be used)."""
     try:
         command = parse_command(sys.argv[1:] if argv is None else argv, os.environ)
-        ranks = join_ranks(command.config.device, os.environ)
-        try:
-            if command.score:
-                pattern = command.val or str(Path(command.config.data_path) / "*_val_*.bin")
-                result = score_artifact(command, command.score, pattern, ranks)
-                if ranks.leads:
-                    print(json.dumps(result))
-            elif command.generate:
-                print(generate_text(command, command.generate, ranks))
-            else:
-                run = Run(command, ranks)
-                run.finish(*run.drive())
-        finally:
-            if ranks.world > 1:
-                dist.destroy_process_group()
+        interruption = Interruption()
+        with contextlib.nullcontext() if command.score or command.generate else interruption:
+            serve(command, interruption)
     except GolfError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

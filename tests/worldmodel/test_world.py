@@ -333,5 +333,30 @@ def test_artifacts_of_another_shape_are_refused(worlds, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="not a world-model artifact"):
         load_exported(tmp_path / "other")
     save_artifact(tmp_path / "wide", {**tensors, "dynamics/params/head_bias": np.zeros(3, np.float32)}, meta)
-    with pytest.raises(ArtifactError, match="head_bias has shape"):
+    with pytest.raises(ArtifactError, match=r"head_bias: \(3,\) held"):
         load_exported(tmp_path / "wide")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        (("tokenizer", "encoder"), {"layers": 10**9}, "tokenizer.encoder.layers is 1000000000"),
+        (("tokenizer", "quantizer"), {"codes": 1 << 40}, "tokenizer.quantizer.codes is 1099511627776"),
+        (("tokenizer", "encoder"), {"dim": 60_000, "heads": 2}, "tensors do not fit"),
+        (("tokenizer", "frame"), {"height": -8}, "tokenizer.frame.height is -8"),
+        (("tokenizer", "frame"), {"patch": 0}, "a size of FrameConfig is out of range"),
+    ],
+)
+def test_artifacts_that_lie_about_their_size_are_refused_before_they_are_built(worlds, tmp_path, part, change, says):
+    from common.artifact.container import load_artifact, save_artifact
+
+    path = tmp_path / "m.artifact"
+    export_world(worlds["ground-truth"], path)
+    tensors, meta = load_artifact(path)
+    node = meta["config"]
+    for name in part:
+        node = node[name]
+    node |= change
+    save_artifact(path, tensors, meta)
+    with pytest.raises(ArtifactError, match=says):
+        load_exported(path)

@@ -139,8 +139,9 @@ class LamObjective:
         """See `Objective.loss`."""
         output = model(batch["frames_BTHWC"], key=key)
         mse = jnp.mean((output.frames_BAHWC - frames_to_unit(batch["frames_BTHWC"][:, 1:])) ** 2)
-        scalars = {"mse": mse, "psnr_db": psnr_db(mse), **codebook_scalars(model.actions.quantizer, output.quantized.loss)}
-        return mse + output.quantized.loss, scalars
+        vq_loss = output.quantized.loss
+        scalars = {"mse": mse, "psnr_db": psnr_db(mse), **codebook_scalars(model.actions.quantizer, vq_loss)}
+        return mse + vq_loss, scalars
 
     def after_update(self, model: LatentActionModel) -> None:
         """See `Objective.after_update`."""
