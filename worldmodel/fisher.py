@@ -17,6 +17,7 @@ from jax import Array
 from common.errors import ConfigError
 from common.quant.gptq import LayerStatistics
 from worldmodel.models.layers import frames_to_unit
+from worldmodel.models.quantizer import TanhBottleneck
 from worldmodel.models.token_dynamics import MaskGitDynamics, TokenDynamics, draw_mask, standardize_codes
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.rollout.world import World
@@ -36,8 +37,10 @@ def pixel_probe(tokenizer: Tokenizer, frames_BTHWC: Array, key: Array) -> Array:
     decoder then has the Gauss-Newton matrix as its second moment. Encoder and codebook get the decoder's gradient
     alike: noise before a rounding adds to its squared error what it would add behind it.
     """
-    quantized = tokenizer.quantizer(tokenizer.encode_latent(frames_BTHWC))
-    chosen_BTNL = tokenizer.quantizer.lookup(quantized.codes_X)
+    quantizer = tokenizer.quantizer
+    assert not isinstance(quantizer, TanhBottleneck)  # token dynamics stands on codes
+    quantized = quantizer(tokenizer.encode_latent(frames_BTHWC))
+    chosen_BTNL = quantizer.lookup(quantized.codes_X)
     got_BTHWC = tokenizer.decode_latent(chosen_BTNL + quantized.latent_XL - jax.lax.stop_gradient(quantized.latent_XL))
     mse = jax.lax.stop_gradient(jnp.mean((got_BTHWC - frames_to_unit(frames_BTHWC)) ** 2))
     return jnp.sum(jax.random.normal(key, got_BTHWC.shape) * got_BTHWC) / jnp.sqrt(mse)

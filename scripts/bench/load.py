@@ -333,8 +333,8 @@ def world_per_frame() -> dict[str, tuple[int, int]]:
     from flax import nnx
 
     from worldmodel.configs.paper import PROFILE
+    from worldmodel.models.kinds import build_dynamics
     from worldmodel.models.tokenizer import Tokenizer
-    from worldmodel.train.restore import empty_dynamics
     from worldmodel.train.state import is_matrix, values_of
 
     def multiplying(build: Callable[[], Any]) -> int:
@@ -347,7 +347,9 @@ def world_per_frame() -> dict[str, tuple[int, int]]:
     tokens = frame.rows * frame.columns
     return {
         "tokenizer": (multiplying(lambda: Tokenizer(stage.tokenizer, rngs=nnx.Rngs(0))), tokens),
-        "dynamics": (multiplying(lambda: empty_dynamics(PROFILE.dynamics, 15)), tokens),
+        "dynamics": (
+            multiplying(lambda: build_dynamics(PROFILE.dynamics, num_actions=15, rngs=nnx.Rngs(0))), tokens
+        ),
     }
 
 
