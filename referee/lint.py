@@ -35,6 +35,8 @@ IMPORT_OF = {"flash_attn_interface": ("flash_attn_3", "flash_attn"), "PIL": ("pi
 TRAIN_DATA = re.compile(r"train_(files|shards?|loader|pattern|data|stream|tokens_path)$|_train_|train_\*|trainloader")
 SCORES = re.compile(r"(^|_)(eval|evaluate|score|scoring|sliding|ttt|validate|val|temperature|temp|calibrate_t)(_|$)")
 TRAINS = ("backward",)
+# Functions of the C library that load code or start programs behind Python's back.
+OF_LIBC = {"dlopen", "dlmopen", "system", "popen", "execv", "execve", "execvp", "posix_spawn", "fexecve"}
 STARTERS = {
     "subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output",
     "subprocess.getoutput", "subprocess.getstatusoutput", "os.system", "os.popen",
@@ -180,10 +182,16 @@ def started_program(node: ast.Call, name: str) -> str | None:
     return "?"
 
 
+def opens_itself(node: ast.Call) -> bool:
+    """CDLL(None): the process with the C library that it has anyway, no file."""
+    return len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and node.args[0].value is None
+
+
 def check_binaries(submission: Submission) -> list[Finding]:
     findings: list[Finding] = []
     papers = papers_of(submission)
     for layer in submission.layers:
+        itself = any(opens_itself(node) and name.split(".")[-1] == "CDLL" for node, name in layer.calls)
         for node, name in layer.calls:
             program = started_program(node, name)
             if program is not None and program not in HARMLESS_PROGRAMS:
@@ -193,11 +201,14 @@ def check_binaries(submission: Submission) -> list[Finding]:
                     mend = "declare it in README.md or requirements.txt, or do without it"
                     shown = program if program != "?" else "a program whose name is computed"
                     findings.append(failed(f"starts {shown}", at(layer, node), mend))
-            if name.split(".")[-1] in ("CDLL", "LoadLibrary", "load_library") or (
-                "cpp_extension" in name and name.split(".")[-1] in ("load", "load_inline")
-            ):
+            native = name.split(".")[-1] in ("CDLL", "LoadLibrary", "load_library") and not opens_itself(node)
+            if native or ("cpp_extension" in name and name.split(".")[-1] in ("load", "load_inline")):
                 mend = "ship kernels as Triton source in the program, or use a public package"
                 findings.append(failed(f"{name} loads native code", at(layer, node), mend))
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            if itself and called in OF_LIBC and name.split(".")[0] not in ("os", "platform"):
+                mend = "use what Python offers, so that it can be seen"
+                findings.append(failed(f"calls the C library's {called}", at(layer, node), mend))
     return findings or clean(submission, "starts no undeclared program and loads no native code")
 
 

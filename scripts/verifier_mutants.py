@@ -872,6 +872,8 @@ MUTANTS = (
            add_function('def build() -> None:\n    subprocess.run(["g++", "kernel.cpp"], check=True)')),
     Mutant("starts_anew", "lint.binaries", "a function replaces the process by another program",
            add_function('def again() -> None:\n    os.execv(sys.executable, [sys.executable, "-c", "pass"])')),
+    Mutant("libc_dlopen", "lint.binaries", "native code is loaded by the C library that the process has open",
+           add_function('def native() -> Any:\n    return ctypes.CDLL(None).dlopen(b"kernel.so", 2)')),
     Mutant("native_library", "lint.binaries", "a function loads native code",
            add_function('def native() -> Any:\n    import ctypes\n\n    return ctypes.CDLL("kernel.so")')),
 )  # fmt: skip

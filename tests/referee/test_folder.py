@@ -110,6 +110,22 @@ def test_programs_started_are_named(statement, program, tmp_path):
     assert finding.found == f"starts {program}"
 
 
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("libc = ctypes.CDLL(None)\nlibc.mallopt(-1, 5)\nprint(platform.system())", None),
+        ("libc = ctypes.CDLL('kernel.so')", "ctypes.CDLL loads native code"),
+        ("libc = ctypes.CDLL(None)\nlibc.system(b'tool')", "calls the C library's system"),
+        ("ctypes.CDLL(None).dlopen(b'kernel.so', 2)", "calls the C library's dlopen"),
+    ],
+)
+def test_the_c_library_of_the_process_is_no_native_code_of_the_program(statement, found, tmp_path):
+    write(tmp_path, {"train_gpt.py": f"import ctypes, platform\n{statement}\n" + PROGRAM})
+    (finding,) = rows(tmp_path, "lint")["lint.binaries"].findings
+    assert (finding.verdict == Verdict.PASSED) == (found is None)
+    assert found is None or finding.found == found
+
+
 def test_a_track_decides_what_is_asked(tmp_path):
     log = "stopping_early: wallclock_cap train_time:700000ms step:5/9\n"
     for track, verdict in (("10min_16mb", Verdict.FAILED), ("non_record_16mb", Verdict.NOT_CHECKABLE)):
