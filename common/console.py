@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import resource
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,8 +30,9 @@ def peak_memory_bytes() -> int:
 
 
 def progress_text(values: Mapping[str, Any]) -> str:
-    """One line of a log entry: what SHOWN_NUMBERS names of it, `eta_s` and `memory_bytes`."""
-    parts = [form.format(values[name]) for name, form in SHOWN_NUMBERS if name in values]
+    """One line of a log entry: what SHOWN_NUMBERS names of it, `eta_s` and `memory_bytes`; null is not finite."""
+    shown = [(form, values[name]) for name, form in SHOWN_NUMBERS if name in values]
+    parts = [form.format(math.nan if value is None else value) for form, value in shown]
     eta_s = int(values["eta_s"])
     hours, minutes = divmod(eta_s // 60, 60)
     parts.append(f"ETA {hours}:{minutes:02d}:{eta_s % 60:02d}" if hours else f"ETA {minutes}:{eta_s % 60:02d}")

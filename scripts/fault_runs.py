@@ -300,7 +300,7 @@ class Learner:
     def result(self, run: Path) -> dict[str, bytes]:
         """What a finished run is, bit for bit: named parts whose bytes must be those of the undisturbed run."""
         events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        timed = ("elapsed_s", "tokens_per_s", "frames_per_s", "cpu_ms_per_step")
+        timed = ("elapsed_s", "tokens_per_s", "frames_per_s", "cpu_ms_per_step", "eta_s", "memory_bytes")
         log = [{key: value for key, value in event.items() if key not in timed} for event in events]
         parts = {"log.jsonl": json.dumps(log).encode()}
         newest = self.checkpoints(run)[-1]

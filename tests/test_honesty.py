@@ -137,7 +137,7 @@ def test_the_clock_counts_every_second_between_start_and_stop_and_no_other(monke
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now["perf"])
     monkeypatch.setattr(train_gpt.time, "time", lambda: now["wall"])
     alone = train_gpt.Ranks(0, 1, torch.device("cpu"))
-    clock = train_gpt.Clock(alone, 7.0, train_gpt.Interruption())
+    clock = train_gpt.Clock(alone, "wall", 7.0, train_gpt.Interruption())
     rng, learned = random.Random(0), 7.0
     readings = []
     for _ in range(50):

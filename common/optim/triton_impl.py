@@ -72,7 +72,7 @@ def _mirrored_product_kernel(
 
 
 def _mirrored_product(X_BSL: Tensor, added_BSS: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """alpha X X^T + beta added, symmetric to the bit. Sides are multiples of 16 bytes."""
+    """alpha X X^T + beta added; tiles off the diagonal are mirrored to the bit. Sides are multiples of 16 bytes."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     count, side, length = X_BSL.shape

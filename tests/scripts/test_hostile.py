@@ -34,13 +34,14 @@ def test_two_thousand_hostile_inputs_are_read_or_refused(tmp_path: Path) -> None
     for found in results:
         assert found.inputs == round(2000 * KINDS[found.kind].share)
         assert 0 < found.read < found.inputs
-        assert found.refusals > 5
+        assert found.refusals > 3
         assert found.memory_bytes < hostile.MEMORY_LIMIT_BYTES
 
 
 def test_hostile_checkpoints_and_tokenizers_are_refused(tmp_path: Path) -> None:
     for found in tried(tmp_path, "--inputs", "1500", "--only", MODELS):
-        assert found.refusals > 2
+        assert found.refusals > 0
+        assert found.read < found.inputs
 
 
 @pytest.mark.slow

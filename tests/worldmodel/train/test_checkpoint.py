@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from common.console import TrainingConsole
 from common.errors import CheckpointError, ConfigError, StorageError, TrainingError
 from tests.worldmodel.small import MemorySource, train_config
 from worldmodel.config import read_json
@@ -185,7 +186,7 @@ def test_damaged_logs_are_named(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, {})
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"st\xffep": \n{"step": 2}\n{"ste')
     with pytest.raises(CheckpointError, match=r"log\.jsonl: the line .* is damaged"):
-        RunLog(run, step=2, tensorboard=False, wandb=False, hardware="none")
+        RunLog(run, TrainingConsole(), step=2, steps=3, tensorboard=False, wandb=False, hardware="none")
 
 
 def test_json_nested_too_deep_is_named(tmp_path: Path) -> None:
