@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import random
@@ -22,19 +21,12 @@ from common.artifact.container import ARTIFACT_CODECS, STREAM_CODECS, decode_art
 from common.artifact.entropy import compress_stream
 from common.errors import ArtifactError
 from common.quant.grid import GridSpec, quantize
+from scripts.hostile import damage, mutate_tree
 
 ROOT = Path(__file__).resolve().parents[3]
 PREFIX_BYTES, DIGEST_BYTES = 26, 16
 # Small files. The largest honest allocation is the dictionary of a header of at most 1 MiB.
 PEAK_LIMIT_BYTES = 24 << 20
-
-ODD_VALUES = [
-    None, True, False, 0, -1, 1, 2, 3, 8, 16, 255, 65536, 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 62, 1 << 63, 1 << 64,
-    10**300, 0.0, -0.0, 1.5, 1e300, "", "w", "int", "fp8_e4m3", "bf16", "f32", "row", "tensor", "none", "raw", "brotli",
-    "lzma", "zstd", "rans", "cross",
-    "pack1", "pack4", "pack8", "planes2", "planes4", "pack0", "\x00", "é" * 40, [], [[]], [0], [1, 1],
-    [1 << 31] * 8, [0, 1 << 31], {}, {"a": 1}, [None] * 5,
-]  # fmt: skip
 
 
 def split_file(data: bytes) -> tuple[bytes, bytes]:
@@ -43,58 +35,6 @@ def split_file(data: bytes) -> tuple[bytes, bytes]:
     header = data[PREFIX_BYTES : PREFIX_BYTES + stored_bytes]
     text = header if codec == 0 else brotli.decompress(header)
     return text, data[PREFIX_BYTES + stored_bytes : -DIGEST_BYTES]
-
-
-def nodes_of(value: object, path: tuple = ()) -> list[tuple]:
-    found = [path]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        found += nodes_of(item, (*path, key))
-    return found
-
-
-def mutate_header(rng: random.Random, header: dict) -> dict:
-    header = copy.deepcopy(header)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        paths = nodes_of(header)[1:]
-        if not paths:
-            break
-        *parents, last = rng.choice(paths)
-        node = header
-        for part in parents:
-            node = node[part]
-        action = rng.random()
-        if action < 0.6:
-            node[last] = copy.deepcopy(rng.choice(ODD_VALUES))
-        elif action < 0.7 and isinstance(node[last], int):
-            node[last] += rng.choice((-1, 1))
-        elif action < 0.8 and isinstance(node, list):
-            node.insert(rng.randrange(len(node) + 1), copy.deepcopy(node[last]))
-        elif action < 0.9 and isinstance(node, list):
-            rng.shuffle(node)
-        else:
-            del node[last]
-    return header
-
-
-def damage(rng: random.Random, data: bytes) -> bytes:
-    """Flip bits, overwrite, insert, delete or swap runs."""
-    damaged = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        if not damaged:
-            break
-        start = rng.randrange(len(damaged))
-        length = min(rng.choice((1, 1, 2, 4, 16, 64)), len(damaged) - start)
-        action = rng.randrange(5)
-        if action <= 1:
-            damaged[start] ^= 1 << rng.randrange(8)
-        elif action == 2:
-            damaged[start : start + length] = rng.randbytes(length)
-        elif action == 3:
-            damaged[start:start] = rng.choice((rng.randbytes(length), b"\0" * length, b"\xff" * length))
-        else:
-            del damaged[start : start + length]
-    return bytes(damaged)
 
 
 def seeds_of_the_fuzzer(tensors, meta) -> list[bytes]:
@@ -137,7 +77,7 @@ def run_campaign(n_files: int, seed: int, sound: list[bytes], seal, canonical) -
         elif kind == "header bytes":
             data = seal(damage(rng, text), body)
         elif kind == "header tree":
-            data = seal(canonical(mutate_header(rng, json.loads(text))), body)
+            data = seal(canonical(mutate_tree(rng, json.loads(text))), body)
         else:
             stored = damage(rng, compress_stream(text, rng.choice(("brotli", "zstd", "lzma"))))
             raw_bytes = rng.choice((len(text), len(text) + 1, 0, 1 << 20))
