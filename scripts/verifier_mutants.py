@@ -671,7 +671,7 @@ def log_copied(b: Bench) -> None:
     text = b.log(1).read_text(encoding="utf-8")
     b.log(2).write_text(text.replace('"seed": 1,', '"seed": 2,').replace("seed1", "seed2"), encoding="utf-8")
     one = b.claims()["seed_results"]["1"]
-    b.of_seed(2, **{k: one[k] for k in ("val_loss", "val_bpb", "train_s", "steps", "tokens")})
+    b.of_seed(2, **{k: one[k] for k in ("val_loss", "val_bpb", "train_s", "eval_s", "steps", "tokens")})
     b.mean_again()
 
 
