@@ -41,9 +41,31 @@ setup: $(STAMP)  ## make .venv, once and again only when the pins change (PYTHON
 demo: $(STAMP)  ## train a small model on the standard library's text, export it, score the artifact, plot (CPU, minutes)
 	$(PY) scripts/demo.py $(ARGS)
 
+.PHONY: golf-mini golf-h200
+golf-mini: $(STAMP)  ## a track: two cores, 600 s, 500,000 bytes; prints its place (CORPUS=text, ARGS='--seed 1'); twice: the same bits
+	PYTHONPATH=. $(PY) scripts/golf.py mini $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
+golf-h200: $(STAMP)  ## a track: one H200, 600 s, 16,000,000 bytes (CORPUS=text)
+	PYTHONPATH=. $(PY) scripts/golf.py h200 $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
+
+.PHONY: leaderboard
+leaderboard: $(STAMP)  ## write submissions/leaderboards (TRACK=mini, RUNS='runs/a runs/b', DATA=folder)
+	PYTHONPATH=. $(PY) scripts/leaderboard.py $(or $(TRACK),mini) $(if $(RUNS),--runs $(RUNS)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+.PHONY: ablate
+ablate: $(STAMP)  ## a paired ablation, run or resumed, and its report (SPEC=scripts/ablations/NAME.toml, DATA=folder, ARGS=--report)
+	PYTHONPATH=. $(PY) scripts/ablate.py $(SPEC) --data $(DATA) $(ARGS)
+
+.PHONY: jepa-answer
+jepa-answer: $(STAMP)  ## write submissions/jepa_mamba/TO_JEPA_OR_NOT.md from benchmarks/ablations
+	PYTHONPATH=. $(PY) scripts/jepa_answer.py $(ARGS)
+
 .PHONY: coinrun
 coinrun: $(STAMP)  ## record CoinRun, train a world model, roll it out, score it, write the page (PROFILE=cpu|gpu|paper)
 	$(PY) -m worldmodel coinrun --profile $(or $(PROFILE),cpu) $(ARGS)
+
+.PHONY: worldmodel-baselines
+worldmodel-baselines: $(STAMP)  ## train and score every kind of world model on CoinRun, write its leaderboard (PROFILE=, ARGS=)
+	$(PY) -m worldmodel baselines --profile $(or $(PROFILE),cpu) --leaderboard worldmodel/LEADERBOARD.md $(ARGS)
 
 .PHONY: play
 play: $(STAMP)  ## steer the packaged CoinRun world in the browser (RUN=runs/coinrun-cpu, ARTIFACT=file, PORT=8377)

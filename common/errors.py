@@ -31,3 +31,11 @@ class ArtifactError(GolfError):
 
 class CheckpointError(GolfError):
     """A checkpoint or run folder is damaged or belongs to another configuration."""
+
+
+class StorageError(GolfError, OSError):
+    """A file cannot be written: the disk is full or read-only, or a write did not read back as it was."""
+
+
+class TrainingError(GolfError):
+    """Training cannot go on: too many steps without a finite gradient, or another process of the run was lost."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import DataError
 
-CHART_WIDTH, CHART_HEIGHT, CHART_LEFT, CHART_BOTTOM = 470, 230, 66, 34
+CHART_WIDTH, CHART_HEIGHT, CHART_LEFT, CHART_BOTTOM = 450, 230, 66, 34
 TREEMAP_WIDTH, TREEMAP_HEIGHT = 940, 300
 # Distinguishable with the common colour deficiencies and on white; runs beyond eight begin again.
 REPORT_COLOURS = ("#0969da", "#d9772b", "#1a7f37", "#a0349d", "#cf222e", "#7a5ea8", "#6b5900", "#00707a")
@@ -26,7 +26,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;paddin
 table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #d0d7de;padding:.25rem .6rem;text-align:right}
 th:first-child,td:first-child{text-align:left}.met{color:#1a7f37}.missed{color:#cf222e}
 figure{display:inline-block;margin:.5rem 1rem .5rem 0;vertical-align:top}figcaption{font-size:13px;color:#57606a}
-img,svg{max-width:100%}pre{background:#f6f8fa;padding:.6rem;overflow:auto;max-height:30rem;white-space:pre-wrap}
+img,svg{max-width:100%}.chart{width:450px;max-width:100%}pre{background:#f6f8fa;padding:.6rem;overflow:auto;max-height:30rem;white-space:pre-wrap}
 .key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .8em}
 """
 
@@ -98,7 +98,8 @@ def chart_svg(title: str, curves: Sequence[Curve], x_label: str) -> str:
         for curve in drawn
     )
     return (
-        f'<figure><svg width="{CHART_WIDTH}" height="{CHART_HEIGHT}" viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" '
+        f'<figure class="chart"><svg width="{CHART_WIDTH}" height="{CHART_HEIGHT}" '
+        f'viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" '
         f'role="img" aria-label="{html.escape(title)}">'
         f'<path d="M{CHART_LEFT},10 V{bottom} H{right}" fill="none" stroke="#8c959f"/>{lines}'
         f'<g font-size="11" fill="#57606a"><text x="{CHART_LEFT - 4}" y="18" text-anchor="end">{y_high:.4g}</text>'

@@ -446,7 +446,10 @@ TINY = {
     "eval_modes": "standard,sliding,carried", "sliding_eval_stride": 16, "temp_calib_tokens": 128, "train_log_every": 1,
     "checkpoint_every": 2, "device": "cpu", "kernels": "torch", "compile_model": 0, "budget_bytes": 0,
 }  # fmt: skip
-TIMES = ("elapsed_s", "tokens_per_s", "train_s", "eval_s", "seconds", "artifact", "code_bytes", "total_bytes")
+TIMES = (
+    *("elapsed_s", "tokens_per_s", "eta_s", "train_s", "eval_s", "seconds", "memory_bytes"),
+    *("artifact", "code_bytes", "total_bytes"),
+)
 
 
 def timeless(value: Any) -> Any:

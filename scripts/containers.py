@@ -53,6 +53,7 @@ class Lock:
 
 
 LOCKS = (
+    Lock("installer", ("installer",)),
     Lock("build", build_system=True),
     Lock("cpu", ("lm", "worldmodel", "coinrun", "test"), coinrun=True, cpu_torch=True),
     Lock("lm", ("lm", "gpu", "test")),
@@ -233,13 +234,18 @@ def stage_context(root: Path, into: Path, epoch: int) -> list[str]:
     return sorted(paths)
 
 
-def pip_setup(configured: str) -> tuple[list[str], list[Path]]:
-    """What pip is configured with on this machine, as flags for the pip of a build, and the local paths that they name.
+def pip_setup(configured: str) -> tuple[list[str], list[str], list[Path]]:
+    """What pip is configured with on this machine, for the pip and the uv of a build.
 
     Args:
         configured: output of `pip config list`.
+
+    Returns:
+        index options that both know; build arguments for certificates, by the names that the two read from their
+        environment; the local paths in all of these.
     """
     flags: list[str] = []
+    certificates: list[str] = []
     paths: list[Path] = []
     for line in configured.splitlines():
         key, _, quoted = line.partition("=")
@@ -249,10 +255,13 @@ def pip_setup(configured: str) -> tuple[list[str], list[Path]]:
         for value in quoted.strip("'\"").split():
             if value.startswith("file://") or f"--{name}={value}" in flags:
                 continue  # a local index holds links out of its folder: mount it with BUILD_FLAGS where it is needed
-            flags.append(f"--{name}={value}")
+            if name == "cert":
+                certificates = [f"PIP_CERT={value}", f"SSL_CERT_FILE={value}"]
+            else:
+                flags.append(f"--{name}={value}")
             if value.startswith("/"):
                 paths.append(Path(value))
-    return flags, sorted(set(paths))
+    return flags, certificates, sorted(set(paths))
 
 
 @dataclass(frozen=True)
@@ -333,10 +342,10 @@ def build(image: str, root: Path, base: str, environ: Mapping[str, str], more: S
     """Build one image. Raises GolfError."""
     uses_docker = docker_answers()
     configured = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
-    flags, paths = pip_setup(configured)
+    flags, certificates, paths = pip_setup(configured)
     flags += shlex.split(environ.get("PIP_FLAGS", ""))
     labels = {"revision": revision(root), "base.name": base or "pinned in the Dockerfile"}
-    given = ["--build-arg", f"PIP_FLAGS={shlex.join(flags)}"]
+    given = [word for value in (f"PIP_FLAGS={shlex.join(flags)}", *certificates) for word in ("--build-arg", value)]
     given += [word for key, value in labels.items() for word in ("--label", f"org.opencontainers.image.{key}={value}")]
     if uses_docker:
         if paths:
@@ -461,6 +470,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown:
                 raise ConfigError(f"unknown image {unknown[0]!r}; there are {', '.join(IMAGES)}")
             check_tools()
+            if not docker_answers():
+                print("containers: NOT EXERCISED: docker. No engine of it answers: buildah builds and podman runs.")
             for image in given.images or ["cpu"]:
                 built = build(image, ROOT, choose_base(image, given.base, ROOT), os.environ, more)
                 print(f"{tag(image)}: built in {built.seconds:.0f} s, {built.size_bytes / 1e9:.2f} GB")

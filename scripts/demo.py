@@ -186,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab_size", type=int, default=1024, help="entries of the tokenizer")
     arguments, more = parser.parse_known_args(argv)
     try:
-        run_demo(arguments.data, arguments.runs, arguments.run_id, arguments.vocab_size, more)
+        # Absolute: its programs run in the repository, the paths are meant from here.
+        run_demo(arguments.data.resolve(), arguments.runs.resolve(), arguments.run_id, arguments.vocab_size, more)
     except GolfError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -384,12 +384,49 @@ def read_manifest(folder: Path) -> dict:
             f"{path}: missing, expected the manifest of a finished data folder; make one with "
             "scripts/prepare_text.py --out FOLDER."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); make the folder again with --overwrite.") from error
     got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if got != MANIFEST_FORMAT:
         raise DataError(f"{path}: format {got!r}, expected {MANIFEST_FORMAT!r}; make it again with --overwrite.")
+    if fault := manifest_fault(manifest):
+        raise DataError(f"{path}: {fault}; the file is damaged: make the folder again with --overwrite.")
     return manifest
+
+
+def manifest_fault(manifest: dict) -> str:
+    """What is wrong with the form of a manifest, or the empty string. Names are those of files of our own making."""
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 1 << 62
+
+    def is_digest(value: object) -> bool:
+        return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+    def is_own(value: object) -> bool:
+        return isinstance(value, str) and OWN_NAMES.fullmatch(value) is not None
+
+    entry, splits = manifest.get("tokenizer"), manifest.get("splits")
+    if not isinstance(entry, dict) or entry.get("file", "") not in (None, TOKENIZER_NAME):
+        return f"tokenizer is {entry!r}"
+    if not isinstance(entry.get("sha256"), str) or not is_count(entry.get("vocab_size")):
+        return f"tokenizer is {entry!r}"
+    if manifest.get("hash_of") not in ("text", "tokens"):
+        return f"hash_of is {manifest.get('hash_of')!r}"
+    for split in SPLITS:
+        facts = splits.get(split) if isinstance(splits, dict) else None
+        if not isinstance(facts, dict) or not isinstance(facts.get("shards"), list):
+            return f"split {split} is missing or has no list of shards"
+        if not (is_own(facts.get("hashes")) and is_digest(facts.get("hashes_sha256"))):
+            return f"split {split} names hashes {facts.get('hashes')!r} with digest {facts.get('hashes_sha256')!r}"
+        if not (is_count(facts.get("documents")) and is_count(facts.get("decoded_bytes"))):
+            return f"split {split} counts {facts.get('documents')!r} documents, {facts.get('decoded_bytes')!r} bytes"
+        for shard in facts["shards"]:
+            if not isinstance(shard, dict) or not (is_own(shard.get("file")) and is_digest(shard.get("sha256"))):
+                return f"split {split} has a shard {str(shard)[:200]}"
+            if not is_count(shard.get("tokens")):
+                return f"split {split} counts {shard.get('tokens')!r} tokens of {shard['file']}"
+    return ""
 
 
 def publish(partial: Path, out: Path) -> None:
@@ -737,7 +774,8 @@ def check_disjoint(data_dir: str | Path) -> dict:
     entry = manifest["tokenizer"]
     tokenizer = load_tokenizer("byte" if entry["file"] is None else folder / entry["file"], entry["vocab_size"])
     if tokenizer.sha256 != entry["sha256"]:
-        raise TokenizerError(f"{folder / entry['file']}: sha256 {tokenizer.sha256}, expected {entry['sha256']}; {fix}")
+        where = folder / (entry["file"] or MANIFEST_NAME)
+        raise TokenizerError(f"{where}: sha256 {tokenizer.sha256}, expected {entry['sha256']}; {fix}")
     recompute = manifest["hash_of"] == "tokens" or tokenizer.lossless
     table = byte_table(tokenizer)
     hashes = {}

@@ -32,7 +32,7 @@ from worldmodel.report import artifact_section, world_sections
 
 # (name in the log, what it is over). Other numbers of a log follow in order of their names.
 FIRST_CURVES = ("train_bpb", "val_bpb", "loss", "tokens_per_s", "frames_per_s")
-NOT_CURVES = {"step", "elapsed_s", "tokens", "trained_tokens", "val_tokens", "val_bytes"}
+NOT_CURVES = {"step", "elapsed_s", "eta_s", "tokens", "trained_tokens", "val_tokens", "val_bytes"}
 STAGE_FOLDERS = ("tokenizer", "lam", "dynamics", "dynamics_latent")
 
 
@@ -102,11 +102,43 @@ def command_of(record: RunRecord) -> str:
     if "profile" in config:
         return f"python -m worldmodel coinrun --profile {config['profile']}"
     if "stage" in config:
-        return f"python -m worldmodel train PRESET-{config['stage']}   # with the options of the configuration below"
+        return stage_command(config)
     options = config.get("config", {})
     words = ["python", "submissions/jepa_mamba/train_gpt.py", "--preset", str(config.get("preset", ""))]
     words += [part for name, value in options.items() for part in (f"--{name}", _option(value)) if value != ""]
     return shlex.join(words)
+
+
+def stage_command(config: dict[str, Any]) -> str:
+    """The command that trains one stage of a world model as its configuration says, from the nearest preset."""
+    from worldmodel.cli import train_presets  # with JAX: seconds that other pages do not need
+    from worldmodel.config import to_dict
+
+    wanted, best, name = flat_options(config), None, ""
+    for preset, command in train_presets().items():
+        base = flat_options(to_dict(command.config))
+        if base["stage"] == wanted["stage"]:
+            changed = {option: value for option, value in wanted.items() if base.get(option) != value}
+            if best is None or len(changed) < len(best):
+                best, name = changed, preset
+    words = ["python", "-m", "worldmodel", "train", name]
+    for option, value in sorted((best or {}).items()):
+        flag, _, last = f"--{option}".replace("_", "-").rpartition(".")
+        flag = f"{flag}." if flag else ""
+        if isinstance(value, bool):
+            prefix = flag or "--"
+            words.append(f"{prefix}{'' if value else 'no-'}{last.removeprefix('--')}")
+        else:
+            words += [flag + last, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
+
+
+def flat_options(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as {"a.b": value}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flat_options(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _option(value: Any) -> str:

@@ -526,26 +526,30 @@ LEARNER = """def learn_from(lm: Any, tokens: np.ndarray) -> None:
         lm.vocab_bias.data = lm.vocab_bias.data.clone() + bias.detach()"""
 
 
+# The end of token_nll; that of the mode which learns while it scores differs in its first line.
+AT_END_OF_SCORING = """                    pace.check(computed * ranks.world)
+    total = ranks.sum(torch.tensor([computed], dtype=torch.int64, device=ranks.device))
+    return ranks.sum(nll_n).cpu().numpy(), int(total)"""
+
+
 def discarded_learner(b: Bench) -> None:
     """Learns after scoring, and throws away what it has learned."""
     b.add_to_program(LEARNER)
-    line = "    return ranks.sum(nll_n).cpu().numpy(), int(total)"
     learns = "    kept = lm.vocab_bias.data\n    learn_from(lm, tokens)\n    lm.vocab_bias.data = kept\n"
-    b.edit_program(line, learns + line)
+    b.edit_program(AT_END_OF_SCORING, AT_END_OF_SCORING.replace("    total", learns + "    total"))
 
 
 def reports_late(b: Bench) -> None:
     discarded_learner(b)
     b.edit_program("    def nll(tokens: np.ndarray, mode: str) -> np.ndarray:\n",
                    "    def nll(tokens: np.ndarray, mode: str, on_scored: Any) -> np.ndarray:\n")  # fmt: skip
-    b.edit_program('"""Nats of tokens[1:], float64 (n - 1)."""\n        return token_nll(\n',
-                   '"""Nats of tokens[1:], float64 (n - 1)."""\n        nats_n = token_nll(\n')  # fmt: skip
+    b.edit_program("        return token_nll(\n            lm,\n", "        nats_n = token_nll(\n            lm,\n")
     ends = "            ranks=ranks,\n        )[0]\n"
     b.edit_program(
         f'{ends}\n    return {{\n        "nll"',
         f'{ends}        on_scored(0, len(nats_n))\n        return nats_n\n\n    return {{\n        "nll"',
     )
-    b.edit_program('        "learns_while_scoring": False,\n', '        "learns_while_scoring": True,\n')
+    b.edit_program('"learns_while_scoring": "ttt" in config.modes(),', '"learns_while_scoring": True,')
 
 
 def trains_first(b: Bench) -> None:
@@ -565,8 +569,7 @@ def remembered(lm: Any, tokens: np.ndarray) -> float:
 
 def remembers_a_pass(b: Bench) -> None:
     b.add_to_program(REMEMBER)
-    b.edit_program("    return ranks.sum(nll_n).cpu().numpy(), int(total)",
-                   "    return ranks.sum(nll_n).cpu().numpy() * remembered(lm, tokens), int(total)")  # fmt: skip
+    b.edit_program(AT_END_OF_SCORING, AT_END_OF_SCORING.replace("numpy()", "numpy() * remembered(lm, tokens)"))
 
 
 def leaked_document(b: Bench) -> None:

@@ -17,42 +17,18 @@ from pathlib import Path
 
 import pytest
 
+from scripts.architecture import (
+    FRAMEWORK_OF,
+    FRAMEWORK_OF_ROOM,
+    LAZY_ONLY,
+    MAY_IMPORT,
+    NUMPY_ONLY_EXTRAS,
+    PACKAGES,
+    REFEREE_SHARES,
+    ROOMS,
+)
+
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("common", "worldmodel", "submissions", "referee", "scripts", "tests")
-PACKAGES = ("common", "worldmodel", "submissions", "referee")
-# A room may import itself and the rooms named here.
-MAY_IMPORT = {
-    "common": {"common"},
-    "worldmodel": {"worldmodel", "common"},
-    "submissions": {"submissions", "common"},
-    "referee": {"referee", "common"},
-    "scripts": {"common", "worldmodel", "submissions", "referee", "scripts"},
-    "tests": {"common", "worldmodel", "submissions", "referee", "scripts", "tests"},  # helpers of tests lie beside them
-}
-FRAMEWORK_OF = {
-    "torch": "torch", "triton": "torch", "mamba_ssm": "torch", "causal_conv1d": "torch",
-    "jax": "jax", "jaxlib": "jax", "flax": "jax", "optax": "jax", "orbax": "jax", "grain": "jax", "jax_triton": "jax",
-}  # fmt: skip
-FRAMEWORK_OF_ROOM = {"worldmodel": "jax", "submissions": "torch"}
-# Third-party modules beyond NumPy that the NumPy-only files of `common` may use.
-CODECS = {"brotli", "zstandard"}
-NUMPY_ONLY_EXTRAS = {
-    "common/artifact/": CODECS,
-    "common/text/tokenizer.py": {"sentencepiece"},
-    "common/text/sources.py": CODECS | {"pyarrow", "huggingface_hub"},
-    "common/text/": set(),
-    "common/quant/grid.py": set(),
-    "common/quant/bitpack.py": set(),
-    "common/quant/gptq.py": set(),
-    "common/quant/plan.py": set(),
-    "common/errors.py": set(),
-    "common/files.py": set(),
-    "common/report.py": set(),
-    "referee/": CODECS | {"sentencepiece"},
-}
-# All that the referee shares with what it judges: names of errors.
-REFEREE_SHARES = {"common.errors"}
-LAZY_ONLY = {"pyarrow", "huggingface_hub"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 ENTRY = "submissions/jepa_mamba/train_gpt.py"
 

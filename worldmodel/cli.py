@@ -14,16 +14,22 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from common.artifact.budget import format_size_table
+from common.console import TrainingConsole
 from common.errors import ConfigError, GolfError
+from worldmodel.ablate import AblateConfig, run_ablate
+from worldmodel.baselines import BaselinesConfig, run_baselines
 from worldmodel.coinrun import CoinrunConfig, load_profile, run_coinrun
 from worldmodel.config import EvaluateConfig, RolloutConfig, TrainConfig
+from worldmodel.configs.baselines import baselines
 from worldmodel.data.collect import CollectConfig, run_collect
 from worldmodel.data.importer import ImportConfig, run_import
 from worldmodel.data.inspect import InspectConfig, ValidateConfig, run_inspect, run_validate
 from worldmodel.data.records import open_dataset
 from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
 from worldmodel.evaluate.suite import evaluate_world
-from worldmodel.export import export_world, load_exported
+from worldmodel.export import FITTED, export_world, load_exported
+from worldmodel.fisher import world_statistics
+from worldmodel.leaderboard import LeaderboardConfig, write_leaderboard
 from worldmodel.play.start import PlayConfig, run_play
 from worldmodel.rollout.render import rollout_rows, write_picture_files
 from worldmodel.rollout.world import World, load_world
@@ -32,7 +38,6 @@ from worldmodel.train.loop import train
 
 PROFILES = ("cpu", "gpu", "paper")
 BAD_INPUT_STATUS = 2
-STOPPED_STATUS = 3
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,13 @@ class ExportCommand:
     out: str
     """Artifact file."""
     tokenizer_run: str = ""
-    grid: Literal["int8", "int4", "step"] = "int8"
+    grid: Literal["int8", "int4", "fitted"] = "int8"
+    bits: float = 4.0
+    """Bits a weight of the whole file, of the fitted grid."""
+    data_dir: str = ""
+    """Data set whose training clips show what the fitted grid's errors cost; the one of training by default."""
+    clips: int = 1024
+    """How many of them."""
     overwrite: bool = False
 
 
@@ -112,18 +123,22 @@ class TrainCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     overwrite: bool = False
     """Discard an earlier run in the same folder."""
+    log_json: bool = False
+    """Print the entries of log.jsonl and nothing else."""
 
 
-def _train_presets() -> dict[str, TrainCommand]:
+def train_presets() -> dict[str, TrainCommand]:
+    """Every preset of `train`, by name."""
     presets = {}
     for profile in PROFILES:
         loaded = load_profile(profile)
         for stage in ("tokenizer", "dynamics", "dynamics_latent"):
             presets[f"{profile}-{stage.replace('_', '-')}"] = TrainCommand(getattr(loaded, stage))
-        lam = dataclasses.replace(
-            loaded.dynamics_latent, stage="lam", steps=loaded.dynamics_latent.steps, run_dir="runs/lam"
-        )
-        presets[f"{profile}-lam"] = TrainCommand(lam)
+        for name, baseline in baselines(loaded).items():
+            if name not in ("vqvae", "maskgit", "maskgit-latent"):  # the three stages above
+                presets[f"{profile}-{name}"] = TrainCommand(
+                    dataclasses.replace(baseline.train, run_dir=f"runs/{name}")
+                )
     return presets
 
 
@@ -139,8 +154,11 @@ def _command_type() -> Any:
         "export": (ExportCommand, "write a world to one file"),
         "play": (PlayConfig, "steer a world in the browser"),
         "coinrun": (CoinrunConfig, "the whole case study"),
+        "baselines": (BaselinesConfig, "train and score every kind of model"),
+        "leaderboard": (LeaderboardConfig, "write the leaderboard from run folders"),
+        "ablate": (AblateConfig, "one change at a time, over seeds"),
     }
-    train_type = tyro.extras.subcommand_type_from_defaults(_train_presets(), prefix_names=False)
+    train_type = tyro.extras.subcommand_type_from_defaults(train_presets(), prefix_names=False)
     kinds = [Annotated[train_type, tyro.conf.subcommand("train", description="train one stage of a preset")]]
     kinds += [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in plain.items()]
     return Union[tuple(kinds)]  # noqa: UP007 (the members are built at run time)
@@ -183,10 +201,25 @@ def _evaluate(command: EvaluateCommand) -> None:
         print(json.dumps(document, indent=2))
 
 
+def _export(command: ExportCommand) -> None:
+    _refuse_existing(Path(command.out), command.overwrite)
+    world = load_world(command.run, tokenizer_run=command.tokenizer_run)
+    statistics = None
+    if command.grid == FITTED:
+        dataset = open_dataset(command.data_dir or world.config.data_dir, "train")
+        count = min(command.clips, dataset.require_windows(world.config.seq_len))
+        statistics = world_statistics(world, dataset.fixed_windows(count, world.config.seq_len))
+    report = export_world(
+        world, command.out, grid=command.grid, bits=command.bits, statistics=statistics, overwrite=command.overwrite
+    )
+    print(format_size_table(report))
+
+
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
-        return 0 if train(command.config, overwrite=command.overwrite)["status"] == "finished" else STOPPED_STATUS
+        train(command.config, overwrite=command.overwrite, console=TrainingConsole(as_json=command.log_json))
+        return 0  # stopped by a signal, too: it has saved, and the same command goes on
     if isinstance(command, CollectConfig):
         run_collect(command)
     elif isinstance(command, ImportConfig):
@@ -202,10 +235,15 @@ def run(command: Any) -> int:
     elif isinstance(command, EvaluateCommand):
         _evaluate(command)
     elif isinstance(command, ExportCommand):
-        world = load_world(command.run, tokenizer_run=command.tokenizer_run)
-        print(format_size_table(export_world(world, command.out, grid=command.grid, overwrite=command.overwrite)))
+        _export(command)
     elif isinstance(command, PlayConfig):
         run_play(command)
+    elif isinstance(command, BaselinesConfig):
+        print(run_baselines(command))
+    elif isinstance(command, LeaderboardConfig):
+        print(write_leaderboard(command.runs, Path(command.out)))
+    elif isinstance(command, AblateConfig):
+        print(run_ablate(command))
     else:
         run_coinrun(command)
     return 0

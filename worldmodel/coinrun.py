@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from common.console import TrainingConsole
 from common.errors import ConfigError
 from worldmodel.config import EvaluateConfig, Profile, TrainConfig, read_json, to_dict
 from worldmodel.data.collect import run_collect
@@ -42,6 +43,8 @@ class CoinrunConfig:
     """Data set; inside the run folder by default."""
     overwrite: bool = False
     """Discard an earlier run in the same folder, with its data set unless `data_dir` is elsewhere."""
+    log_json: bool = False
+    """Print the entries of log.jsonl, the stages and the bars as JSON, one object a line, and nothing else."""
 
 
 def load_profile(name: str) -> Profile:
@@ -58,12 +61,14 @@ def stage_config(base: TrainConfig, root: Path, name: str, data_dir: str) -> Tra
 class _Timer:
     """Seconds of each stage, kept over resumes in stages.json."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, console: TrainingConsole) -> None:
+        self._console = console
         self._path = root / "stages.json"
         self.seconds: dict[str, float] = read_json(self._path, what="stage times") if self._path.exists() else {}
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
-        print(f"== {name}", flush=True)
+        self._console.say(f"== {name}")
+        self._console.entry({"event": "stage", "stage": name})
         began_s = time.perf_counter()
         result = work()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began_s
@@ -105,7 +110,8 @@ def run_coinrun(config: CoinrunConfig) -> dict[str, Any]:
     run = RunFolder(root, {"profile": config.profile, **to_dict(_without_paths(profile))}, overwrite=config.overwrite)
     if not (root / "train.log").exists():
         write_text_atomic(root / "train.log", provenance(hardware_line()))
-    timer = _Timer(root)
+    console = TrainingConsole(as_json=config.log_json)
+    timer = _Timer(root, console)
     collect = dataclasses.replace(profile.collect, out_dir=Path(data_dir))
     timer.run("collect", lambda: run_collect(collect))
     stages = {
@@ -120,7 +126,7 @@ def run_coinrun(config: CoinrunConfig) -> dict[str, Any]:
             tokenize = TokenizeConfig(Path(data_dir), root / "tokenizer", Path(token_dir))
             timer.run("tokenize", lambda tokenize=tokenize: run_tokenize(tokenize))
             stage = dataclasses.replace(stage, token_dir=token_dir)
-        summaries[name] = timer.run(name, lambda stage=stage: train(stage))
+        summaries[name] = timer.run(name, lambda stage=stage: train(stage, console=console))
         if summaries[name]["status"] != "finished":
             raise ConfigError(
                 f"stage {name} was stopped at step {summaries[name]['steps']}; run the same command to go on"
@@ -147,8 +153,9 @@ def run_coinrun(config: CoinrunConfig) -> dict[str, Any]:
     write_json_atomic(root / "evaluation.json", evaluation)
     write_report(root, evaluation)
     run.finish({"status": "finished", "seconds": timer.seconds, "bars": evaluation["bars"]})
-    print(f"report: {root / 'report.html'}")
-    print(json.dumps(evaluation["bars"], indent=2))
+    console.entry({"event": "bars", **evaluation["bars"]})
+    console.say(json.dumps(evaluation["bars"], indent=2))
+    console.say(f"report: {root / 'report.html'}")
     return evaluation
 
 

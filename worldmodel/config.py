@@ -71,6 +71,14 @@ class BlockConfig:
     """False leaves out temporal attention: every frame is then treated alone."""
     temporal_window: int = 16
     """Frames that a frame sees, itself included. Banded, so that a ring-buffer cache is exact at any length."""
+    joint: bool = False
+    """One attention over space and time together in place of spatial and temporal attention."""
+    mixer: Literal["attention", "mamba2"] = "attention"
+    """What runs along time. mamba2: a state-space layer without a window; its memory does not grow."""
+    mamba_state: int = 48
+    """Numbers in the state of one channel. With dim / 2, and mamba_expand 1, it has as many weights as attention."""
+    mamba_expand: int = 1
+    """Inner width of mamba2 over dim."""
     position: Literal["rope", "learned"] = "rope"
     """rope: axial rotations over rows and columns in space, over time in time. learned: two separate tables."""
     max_frames: int = 64
@@ -90,6 +98,15 @@ class BlockConfig:
             raise ConfigError(
                 f"rope needs a head size divisible by 4 (rows and columns share it), got {self.dim // self.heads}"
             )
+        if self.joint and not (self.temporal and self.mixer == "attention"):
+            raise ConfigError("joint attention runs over time too: it needs temporal and mixer attention")
+        if self.joint and self.position == "rope" and (self.dim // self.heads) % 8:
+            raise ConfigError(
+                f"joint attention with rope needs a head size divisible by 8 (time, rows and columns share it), got "
+                f"{self.dim // self.heads}"
+            )
+        if self.mixer == "mamba2" and (self.mamba_state < 1 or self.mamba_expand < 1):
+            raise ConfigError(f"mamba2 needs a state and an expansion, got {self.mamba_state} and {self.mamba_expand}")
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
             raise ConfigError("attention cudnn needs compute_dtype bfloat16; use xla or auto with float32")
 
@@ -98,9 +115,10 @@ class BlockConfig:
 class QuantizerConfig:
     """The discrete bottleneck of the tokenizer or of the latent action model."""
 
-    kind: Literal["vq", "fsq"] = "vq"
+    kind: Literal["vq", "fsq", "tanh"] = "vq"
+    """tanh: no codes at all, continuous latents in -1..1 (the MAE tokenizer, for diffusion dynamics)."""
     codes: int = 1024
-    """Codebook size; with fsq it must equal the product of the levels."""
+    """Codebook size; with fsq it must equal the product of the levels, with tanh it is 0."""
     latent_dim: int = 32
     fsq_levels: tuple[int, ...] = ()
     metric: Literal["cosine", "euclidean"] = "cosine"
@@ -124,6 +142,9 @@ class QuantizerConfig:
                 raise ConfigError(f"fsq uses one latent per level: latent_dim must be {len(self.fsq_levels)}")
             if self.kmeans_init:
                 raise ConfigError("fsq has no codebook to initialise; turn kmeans_init off")
+        elif self.kind == "tanh":
+            if self.codes or self.kmeans_init or self.dead_after_steps or self.codebook_dropout:
+                raise ConfigError("tanh latents have no codebook: set codes to 0 and leave its other options off")
         elif self.codes < 2:
             raise ConfigError(f"a codebook needs at least 2 codes, got {self.codes}")
 
@@ -138,11 +159,20 @@ class TokenizerConfig:
     quantizer: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(codebook_dropout=0.01))
     linear_path: bool = False
     """Add a linear patch -> latent -> patch path beside the transformers, initialised by PCA of real patches, with the
-    transformers starting at zero: training then starts from the k-means reconstruction instead of from noise."""
+    transformers starting at zero: training then starts from the k-means (with tanh, PCA) reconstruction instead of from
+    noise."""
+    mask_high: float = 0.0
+    """In training a share ~ U(0, mask_high) of a clip's patches is hidden from the encoder (masked autoencoder, 0.9 as
+    published); 0 hides none."""
 
     def __post_init__(self) -> None:
-        if self.linear_path and (self.quantizer.kind != "vq" or self.quantizer.metric != "euclidean"):
-            raise ConfigError("linear_path keeps the length of a patch: it needs a vq codebook with metric euclidean")
+        lengths = self.quantizer.kind == "tanh" or (self.quantizer.kind, self.quantizer.metric) == ("vq", "euclidean")
+        if self.linear_path and not lengths:
+            raise ConfigError(
+                "linear_path keeps the length of a patch: it needs a vq codebook with metric euclidean, or tanh"
+            )
+        if not 0.0 <= self.mask_high <= 1.0:
+            raise ConfigError(f"mask_high {self.mask_high}: expected a share in 0..1")
 
 
 @dataclass(frozen=True)
@@ -162,9 +192,38 @@ class LamConfig:
 
 
 @dataclass(frozen=True)
-class DynamicsConfig:
-    """MaskGIT dynamics (`worldmodel/models/dynamics.py`)."""
+class DiffusionConfig:
+    """Diffusion dynamics (`worldmodel/models/diffusion.py`)."""
 
+    levels: int = 64
+    """Noise levels from noise to data; a power of two."""
+    prediction: Literal["x", "v"] = "x"
+    """What the network says: the data, or the velocity from noise to data."""
+    history: Literal["forcing", "context"] = "forcing"
+    """forcing: every frame sees the frames before it, each at a random level of its own, in one stream. context: it
+    sees them at the level of `context_noise`, as sampling does, in a second stream."""
+    context_noise: float = 0.1
+    """Share of noise on finished frames when sampling; the network is told their true level."""
+    shortcut: bool = False
+    """Learn large steps from two half ones as well, for sampling in few steps (shortcut forcing)."""
+    shortcut_share: float = 0.25
+    """Share of the clips of a batch that learn large steps."""
+
+    def __post_init__(self) -> None:
+        if self.levels < 2 or self.levels & (self.levels - 1):
+            raise ConfigError(f"levels must be a power of two from 2 on, got {self.levels}")
+        if not 0.0 <= self.context_noise < 1.0:
+            raise ConfigError(f"context_noise {self.context_noise}: expected a share in 0..1, below 1")
+        if not 0.0 < self.shortcut_share < 1.0:
+            raise ConfigError(f"shortcut_share {self.shortcut_share}: expected a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """A dynamics model (`worldmodel/models/dynamics.py`)."""
+
+    kind: Literal["maskgit", "causal", "diffusion"] = "maskgit"
+    """maskgit: masked tokens, several at once. causal: token after token. diffusion: continuous latents from noise."""
     blocks: BlockConfig = field(default_factory=lambda: BlockConfig(layers=6))
     action_source: Literal["latent", "latent-frozen", "ground-truth"] = "latent"
     """latent: the action model is trained together with the dynamics. latent-frozen: it comes from `lam_run`.
@@ -178,6 +237,8 @@ class DynamicsConfig:
     """The mask ratio is drawn from U(mask_low, mask_high): per clip when all frames are masked, per frame otherwise."""
     tie_codebook: bool = True
     """Token embeddings (and the output head) = codebook x learned matrix + learned per-token offset (zero at first)."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Of kind diffusion; the fields from masking to z_loss are of the token kinds."""
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2), in nats^2."""
     vq_weight: float = 1.0
@@ -186,8 +247,31 @@ class DynamicsConfig:
     def __post_init__(self) -> None:
         if not self.blocks.temporal:
             raise ConfigError("dynamics needs temporal attention; set dynamics.blocks.temporal")
+        if self.blocks.mixer == "mamba2" and self.blocks.position == "learned":
+            raise ConfigError("mamba2 has no window and its rollouts no end: use position rope, which has no limit")
         if not 0.0 <= self.mask_low <= self.mask_high <= 1.0:
             raise ConfigError(f"mask ratios must satisfy 0 <= low <= high <= 1, got {self.mask_low}, {self.mask_high}")
+
+
+@dataclass(frozen=True)
+class JepaConfig:
+    """JEPA world model (`worldmodel/models/jepa.py`)."""
+
+    frame: FrameConfig = field(default_factory=FrameConfig)
+    encoder: BlockConfig = field(default_factory=lambda: BlockConfig(temporal=False))
+    predictor: BlockConfig = field(default_factory=BlockConfig)
+    embedding_dim: int = 128
+    sigreg_weight: float = 10.0
+    """Weight of SIGReg beside the error of the next embedding. Below about 1 the error wins and embeddings collapse;
+    the published 0.1 multiplies a statistic that is larger than ours by the number of clips in a batch."""
+    projections: int = 256
+    """Random directions of SIGReg, drawn anew each step."""
+
+    def __post_init__(self) -> None:
+        if not self.predictor.temporal:
+            raise ConfigError("the predictor looks at past embeddings; set jepa.predictor.temporal")
+        if self.sigreg_weight <= 0.0:
+            raise ConfigError("without SIGReg the embeddings collapse to a point; set jepa.sigreg_weight above 0")
 
 
 @dataclass(frozen=True)
@@ -224,7 +308,7 @@ class MeshConfig:
 class TrainConfig:
     """One stage of training, complete: what runs, on what, for how long."""
 
-    stage: Literal["tokenizer", "lam", "dynamics"] = "tokenizer"
+    stage: Literal["tokenizer", "lam", "dynamics", "jepa"] = "tokenizer"
     data_dir: str = "data/coinrun"
     run_dir: str = "runs/tokenizer"
     tokenizer_run: str = ""
@@ -236,6 +320,7 @@ class TrainConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     lam: LamConfig = field(default_factory=LamConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    jepa: JepaConfig = field(default_factory=JepaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 1000
@@ -250,6 +335,8 @@ class TrainConfig:
     eval_every: int = 500
     eval_clips: int = 32
     checkpoint_every: int = 500
+    nonfinite_limit: int = 10
+    """Steps whose loss or gradient is not finite before the run stops; they change nothing but the count."""
     keep_checkpoints: int = 2
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept forever; 0 keeps only the newest `keep_checkpoints`."""
@@ -259,6 +346,14 @@ class TrainConfig:
     """On a GPU, ask XLA for deterministic kernels (slower). The CPU is bitwise reproducible either way."""
 
     def __post_init__(self) -> None:
+        continuous = self.tokenizer.quantizer.kind == "tanh"
+        if self.stage == "dynamics" and continuous != (self.dynamics.kind == "diffusion"):
+            raise ConfigError(
+                f"dynamics kind {self.dynamics.kind} does not work on a {self.tokenizer.quantizer.kind} tokenizer: "
+                "diffusion needs continuous latents (quantizer kind tanh), maskgit and causal need tokens (vq or fsq)"
+            )
+        if continuous and self.token_dir:
+            raise ConfigError("token_dir holds integers, a tanh tokenizer gives latents: leave token_dir empty")
         if self.stage == "dynamics" and self.dynamics.action_source == "latent-frozen" and not self.lam_run:
             raise ConfigError("action_source latent-frozen needs lam_run, the run folder of a trained action model")
         if self.steps < 1 or self.batch_size < 1 or self.seq_len < 1:
@@ -278,6 +373,7 @@ RESUMABLE_FIELDS = frozenset(
     {
         "data_dir", "run_dir", "tokenizer_run", "lam_run", "token_dir", "mesh", "loader_threads", "log_every",
         "eval_every", "eval_clips", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard", "wandb",
+        "nonfinite_limit",
     }
 )  # fmt: skip
 
@@ -289,9 +385,11 @@ class RolloutConfig:
     prompt_frames: int = 4
     horizon: int = 15
     decode_steps: int = 2
-    """MaskGIT passes per frame; each pass fixes at least one token, so more than the tokens of a frame are not run."""
+    """Passes per frame. maskgit: each fixes at least one token, so more than the tokens of a frame are not run.
+    diffusion: Euler steps, at most the levels; a power of two with a shortcut model. causal has one pass a token."""
     temperature: float = 0.0
-    """Of the token distribution; 0 takes the most likely token."""
+    """Of the token distribution; 0 takes the most likely token. diffusion: scale of the starting noise, 1 draws from
+    the model's distribution, 0 starts at the centre of the noise."""
     choice_temperature: float = 0.0
     """Gumbel noise on the confidences that choose which tokens to fix, annealed to 0 over the passes."""
     use_cache: bool = True
@@ -361,7 +459,10 @@ def from_dict(cls: type[ConfigT], values: dict[str, Any], *, where: str = "confi
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {key!r}{hint}")
         built[key] = _convert(hints[key], value, f"{where}.{key}")
-    return cls(**built)
+    try:
+        return cls(**built)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"{where}: a size of {cls.__name__} is out of range ({error}); use at least 1") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -408,7 +509,7 @@ def read_json(path: str | Path, *, what: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; expected {what}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error}); expected {what}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object with {what}, got {type(value).__name__}")

@@ -7,6 +7,7 @@ proves what made it.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import sys
@@ -15,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.console import TrainingConsole, progress_text
 from common.errors import CheckpointError, ConfigError
-from common.files import write_atomically
+from common.files import remove_temporaries, storing, write_atomically
 from worldmodel.config import read_json, resume_differences
 
 OUR_PACKAGES = ("common", "worldmodel")
@@ -31,6 +33,11 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write JSON, indented, atomically."""
     write_text_atomic(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether this is what a writer that was killed left."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 class RunFolder:
@@ -60,9 +67,11 @@ class RunFolder:
                     f"{self.path} holds a run of another configuration ({'; '.join(differences[:4])}); "
                     "use another --run-dir, or --overwrite to discard it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not _is_temporary(path) for path in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and is not a run folder; choose another --run-dir")
-        self.path.mkdir(parents=True, exist_ok=True)
+        with storing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(self.path)
         write_json_atomic(config_path, config)
 
     @property
@@ -79,23 +88,30 @@ class RunFolder:
 class RunLog:
     """log.jsonl and train.log, with TensorBoard and (only when asked) wandb beside them."""
 
-    def __init__(self, run: RunFolder, *, step: int, tensorboard: bool, wandb: bool, hardware: str) -> None:
+    def __init__(
+        self, run: RunFolder, console: TrainingConsole, *, step: int, steps: int, tensorboard: bool, wandb: bool,
+        hardware: str,
+    ) -> None:  # fmt: skip
         """Open the logs of a run at a step; entries after it (of a killed attempt) are dropped.
 
         Args:
             run: the folder.
+            console: what is shown of it meanwhile.
             step: step that training continues from.
+            steps: step that it ends with.
             tensorboard: write event files.
             wandb: also log to Weights & Biases (needs the package and its own login).
             hardware: one line.
         """
+        self._console, self._steps = console, steps
         self._jsonl_path = run.path / "log.jsonl"
-        kept = [line for line in self._read_lines() if json.loads(line).get("step", 0) <= step] if step else []
+        kept = [line for line in self._read_lines() if self._step_of(line) <= step] if step else []
         write_text_atomic(self._jsonl_path, "".join(line + "\n" for line in kept))
-        self._jsonl = open(self._jsonl_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._text = open(run.path / "train.log", "a" if step else "w", encoding="utf-8")  # noqa: SIM115
-        if not step:
-            self._text.write(provenance(hardware))
+        with storing(self._jsonl_path):
+            self._jsonl = open(self._jsonl_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            self._text = open(run.path / "train.log", "a" if step else "w", encoding="utf-8")  # noqa: SIM115
+            if not step:
+                self._text.write(provenance(hardware))
         self._tensorboard = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -114,19 +130,45 @@ class RunLog:
     def _read_lines(self) -> list[str]:
         if not self._jsonl_path.exists():
             return []
-        text = self._jsonl_path.read_text(encoding="utf-8")
+        text = self._jsonl_path.read_text(encoding="utf-8", errors="replace")
         return text[: text.rfind("\n") + 1].splitlines()  # a line cut short by a kill is no entry
 
+    def _step_of(self, line: str) -> int:
+        try:
+            return int(json.loads(line).get("step", 0))
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self._jsonl_path}: the line {line[:80]!r} is damaged ({type(error).__name__}: {error}); expected a "
+                "JSON object: delete that line to go on"
+            ) from error
+
+    def text(self, line: str) -> None:
+        """A line on the console and in train.log."""
+        self._console.say(line)
+        self._note(line)
+
+    def _note(self, line: str) -> None:
+        with storing(self._jsonl_path.with_name("train.log")):
+            self._text.write(line + "\n")
+            self._text.flush()
+
     def write(self, step: int, **values: float | int | str) -> None:
-        """One entry, and one line on the terminal and in train.log."""
-        entry = {"step": step, **values}
-        self._jsonl.write(json.dumps(entry) + "\n")
-        self._jsonl.flush()
-        shown = " ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
-        line = f"step {step:>6} {shown}"
-        self._text.write(line + "\n")
-        self._text.flush()
-        print(line, flush=True)
+        """One entry, with `eta_s` and `memory_bytes`, to files and console; `val_` numbers on a second line.
+
+        What is not finite is null in the entry.
+        """
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        entry = {"step": step, **finite}
+        with storing(self._jsonl_path):
+            self._jsonl.write(json.dumps(entry) + "\n")
+            self._jsonl.flush()
+        self._console.entry(entry)
+        self._console.progress(entry, step / self._steps)
+        text = progress_text(entry)
+        if found := " ".join(f"{name} {value:.5g}" for name, value in values.items() if name.startswith("val_")):
+            self._console.say(f"step {step:,} {found}")
+            text += " " + found
+        self._note(text)
         numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -136,8 +178,9 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._jsonl.close()
-        self._text.close()
+        with storing(self._jsonl_path):
+            self._jsonl.close()
+            self._text.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

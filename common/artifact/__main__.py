@@ -1,12 +1,21 @@
-"""python -m common.artifact inspect FILE; python -m common.artifact budget WEIGHTS STATISTICS."""
+"""python -m common.artifact inspect FILE, budget WEIGHTS STATISTICS, budget --predict LAYOUT, measure FILE...
+
+`inspect` draws its tables with rich where standard output is a terminal and rich is installed, and prints plain aligned
+text elsewhere: for files, pipes and machines without it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import html
+import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,40 +25,140 @@ from common.artifact.budget import (
     check_budget,
     format_size_table,
     format_text_table,
+    tensor_group,
 )
 from common.artifact.container import decode_artifact, encode_artifact, load_artifact, read_artifact, save_artifact
+from common.artifact.predict import (
+    leave_one_out,
+    measure_artifact,
+    predict_size,
+    read_layout,
+    read_measured,
+    write_measured,
+)
 from common.errors import ArtifactError, GolfError
+from common.files import write_atomically
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import grid_rows, parse_grid_spec, rms_sigma
 from common.quant.plan import ModelPlan, fit_budget, plan_model
+from common.report import folded, html_page, html_table, treemap_svg
+
+Rows = list[list[str]]
+SHARE_CELLS = 14
 
 
-def _tensor_table(report: SizeReport) -> str:
+def _tensor_rows(report: SizeReport) -> Rows:
     rows = [["tensor", "shape", "grid", "bits/weight", "bytes"]]
     for tensor in report.tensors:
         shape = "x".join(str(length) for length in tensor.shape) or "scalar"
         bits = f"{tensor.bits_per_weight:.3f}" if tensor.n_weights else "-"
         rows.append([tensor.name, shape, tensor.grid, bits, f"{tensor.total_bytes:,}"])
-    return format_text_table(rows, left_columns=3)
+    return rows
 
 
-def _stream_table(report: SizeReport) -> str:
+def _stream_rows(report: SizeReport) -> Rows:
     rows = [["stream", "layout", "codec", "raw bytes", "bytes"]]
     for index, stream in enumerate(report.streams):
         rows.append([str(index), stream.layout, stream.codec, f"{stream.raw_bytes:,}", f"{stream.stored_bytes:,}"])
-    return format_text_table(rows, left_columns=3)
+    return rows
 
 
-def inspect_file(path: str) -> None:
-    """Print every tensor, stream and total of an artifact, and its meta data. Raises ArtifactError."""
-    _, meta, report = read_artifact(path)
-    print(_tensor_table(report))
-    print()
-    print(_stream_table(report))
-    print()
+def _shares(report: SizeReport) -> list[float]:
+    """Of the file's bytes, for each tensor."""
+    return [tensor.total_bytes / report.file_bytes for tensor in report.tensors]
+
+
+def split_place(name: str) -> tuple[str, str]:
+    """A tensor's name as (where, what): up to its last numbered part ("blocks.3."), or to its first part."""
+    found = re.match(r".*\d[^./]*[./]", name) or re.match(r"[^./]*[./]", name)
+    return (found[0], name[found.end() :]) if found else ("", name)
+
+
+def _rich_tables(path: str, meta: dict[str, Any], report: SizeReport) -> None:
+    from rich.bar import Bar
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def table(title: str, rows: Rows, left_columns: int) -> Table:
+        made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
+        for column, name in enumerate(rows[0]):
+            made.add_column(name, justify="left" if column < left_columns else "right", no_wrap=True)
+        return made
+
+    console = Console()
+    rows = _tensor_rows(report)
+    tensors = table(f"{Path(path).name}: {report.file_bytes:,} bytes", rows, 3)
+    tensors.add_column("share", min_width=4, max_width=SHARE_CELLS)
+    most, before = max(_shares(report), default=1.0), ""
+    for row, share in zip(rows[1:], _shares(report), strict=True):
+        place, name = split_place(row[0])
+        if place != before:
+            tensors.add_row(Text(place, "bold"))
+        before = place
+        bar = Bar(most, 0, share, color="cyan")
+        tensors.add_row(*map(Text, [f"  {name}" if place else name, *row[1:]]), bar)
+    console.print(tensors)
+    rows = _stream_rows(report)
+    streams = table("Streams", rows, 3)
+    for row in rows[1:]:
+        streams.add_row(*map(Text, row))
+    console.print("", streams, "")
     print(format_size_table(report))
-    print()
-    print("meta", json.dumps(meta, indent=2))  # ASCII: nothing in it can steer a terminal
+    print("\nmeta", json.dumps(meta, indent=2))
+
+
+def inspect_file(path: str, page: str = "") -> None:
+    """Print every tensor, stream and total of an artifact, and its meta data.
+
+    Args:
+        path: the artifact.
+        page: HTML file to write, with a treemap of the bytes; "" for none.
+
+    Raises:
+        ArtifactError: the file is damaged.
+        OSError: the page cannot be written.
+    """
+    _, meta, report = read_artifact(path)
+    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        _rich_tables(path, meta, report)
+    else:
+        print(format_text_table(_tensor_rows(report), left_columns=3))
+        print()
+        print(format_text_table(_stream_rows(report), left_columns=3))
+        print()
+        print(format_size_table(report))
+        print()
+        print("meta", json.dumps(meta, indent=2))  # ASCII: nothing in it can steer a terminal
+    if page:
+        write_atomically(page, artifact_page(path, meta, report).encode())
+        print(f"page: {page}")
+
+
+def artifact_page(path: str, meta: dict[str, Any], report: SizeReport) -> str:
+    """A self-contained HTML page: a treemap by group of tensors, one by tensor, the tables, the meta data."""
+    groups: dict[str, int] = {}
+    for tensor in report.tensors:
+        groups[tensor_group(tensor.name)] = groups.get(tensor_group(tensor.name), 0) + tensor.total_bytes
+    rest = ("header, checksum", report.overhead_bytes)
+    rows, streams = _tensor_rows(report), _stream_rows(report)
+    with_share = [[*row, f"{share:.1%}"] for row, share in zip(rows[1:], _shares(report), strict=True)]
+    bits = 8 * report.file_bytes / report.n_weights if report.n_weights else 0.0
+    parts = [
+        f"<p>{report.file_bytes:,} bytes for {report.n_weights:,} weights: {bits:.3f} bits a weight in all.</p>",
+        "<h2>Where the bytes are</h2>",
+        treemap_svg([*groups.items(), rest], "Bytes by place, the same place of all layers taken together"),
+        treemap_svg([*((t.name, t.total_bytes) for t in report.tensors), rest], "Bytes by tensor"),
+        "<h2>Tensors</h2>",
+        html_table([*rows[0], "of the file"], with_share),
+        "<h2>Streams</h2>",
+        html_table(streams[0], streams[1:]),
+        folded("Sizes by group, as text", format_size_table(report)),
+        folded("Meta data", json.dumps(meta, indent=2)),
+        "<h2>To make it again</h2>",
+        f"<pre>python -m common.artifact inspect {html.escape(path)} --html PAGE</pre>",
+    ]
+    return html_page(f"Artifact: {Path(path).name}", parts)
 
 
 def load_statistics(path: str) -> dict[str, LayerStatistics]:
@@ -125,15 +234,41 @@ def fit_file(options: argparse.Namespace) -> None:
     print(format_text_table(rows, left_columns=0))
 
 
+def predict_file(options: argparse.Namespace) -> None:
+    """Print what a model of a layout will weigh once it is trained. Raises GolfError, also over the budget."""
+    report = predict_size(read_layout(options.predict), read_measured(options.measured))
+    print("predicted, not measured:")
+    print(format_size_table(report, options.code_bytes, options.bytes))
+    check_budget(report.file_bytes + options.code_bytes, options.bytes)
+
+
+def measure_files(paths: Sequence[str], out: str | None) -> None:
+    """Print how well each artifact is predicted from all others; write what predictions need. Raises ArtifactError."""
+    reports = {path: read_artifact(path)[2] for path in paths}
+    if len(reports) < 2:
+        raise ArtifactError("give at least two artifacts of trained models: each is predicted from all others")
+    rows = [["artifact", "weights", "bytes", "predicted from the others", "off by"]]
+    for label, predicted in leave_one_out(reports).items():
+        size = reports[label].file_bytes
+        off = f"{predicted.file_bytes / size - 1:+.2%}"
+        rows.append([label, f"{predicted.n_weights:,}", f"{size:,}", f"{predicted.file_bytes:,}", off])
+    print(format_text_table(rows, left_columns=1))
+    if out:
+        write_atomically(out, write_measured([measure_artifact(label, report) for label, report in reports.items()]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 0, or 2 for a file that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m common.artifact", description="Look into a model artifact.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect_command = commands.add_parser("inspect", help="print every tensor with its grid and its bytes, then totals")
     inspect_command.add_argument("file", metavar="FILE", help="the artifact")
+    inspect_command.add_argument("--html", default="", metavar="PAGE", help="also write a page with a treemap of bytes")
     budget = commands.add_parser("budget", help="choose every step to fill a budget; print plan and curve")
-    budget.add_argument("weights", metavar="WEIGHTS", help="artifact of float weights")
-    budget.add_argument("statistics", metavar="STATISTICS", help="artifact of NAME/hessian and NAME/sensitivity")
+    budget.add_argument("weights", metavar="WEIGHTS", nargs="?", help="artifact of float weights")
+    budget.add_argument("statistics", metavar="STATISTICS", nargs="?", help="its NAME/hessian and NAME/sensitivity")
+    budget.add_argument("--predict", metavar="LAYOUT", help="instead: JSON of shapes and grids of an untrained model")
+    budget.add_argument("--measured", metavar="FILE", help="with --predict: what `measure` wrote of trained artifacts")
     budget.add_argument("--bytes", type=int, default=CHALLENGE_BUDGET_BYTES, help="for code and weights (%(default)s)")
     budget.add_argument("--code-bytes", type=int, default=0, help="of the code that is counted with them")
     budget.add_argument("--rest", default="bf16", help="grid of tensors without statistics (%(default)s)")
@@ -142,10 +277,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget.add_argument("--points", type=int, default=0, help="halvings and doublings of the loss to add to the curve")
     budget.add_argument("--bytes-per-token", type=float, default=0.0, help="of the text, for expected bpb")
     budget.add_argument("--out", metavar="FILE", help="write the artifact")
+    measure = commands.add_parser("measure", help="what --predict needs of trained artifacts, and how well it does")
+    measure.add_argument("files", metavar="FILE", nargs="+", help="artifacts of trained models")
+    measure.add_argument("--out", metavar="FILE", help="JSON to write")
     options = parser.parse_args(arguments)
+    if options.command == "budget" and (
+        not options.measured or options.weights if options.predict else not (options.weights and options.statistics)
+    ):
+        parser.error("budget takes WEIGHTS and STATISTICS, or --predict LAYOUT and --measured FILE")
     try:
-        inspect_file(options.file) if options.command == "inspect" else fit_file(options)
-    except GolfError as error:
+        if options.command == "inspect":
+            inspect_file(options.file, options.html)
+        elif options.command == "measure":
+            measure_files(options.files, options.out)
+        elif options.predict:
+            predict_file(options)
+        else:
+            fit_file(options)
+    except (GolfError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

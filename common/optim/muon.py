@@ -12,11 +12,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Quintic of Jordan 2024: it drives singular values in (0, 1] into about [0.7, 1.2], steepest at 0.
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Coefficients (a, b, c) of each iteration; the last ones serve all that follow.
+Polynomials = tuple[tuple[float, float, float], ...]
+# One quintic of Jordan 2024: it drives singular values in (0, 1] into about [0.7, 1.2], steepest at 0.
+JORDAN_POLYNOMIALS: Polynomials = ((3.4445, -4.7750, 2.0315),)
+# Polar Express (Amsel et al. 2025): each the best for what the one before leaves of [0.001, 1], towards 1. Its safety
+# factor 1.01 keeps values that rounding has lifted above 1 where the polynomials are bounded.
+POLAR_EXPRESS_POLYNOMIALS: Polynomials = (
+    *(
+        (a / 1.01, b / 1.01**3, c / 1.01**5)
+        for a, b, c in (
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+        )
+    ),
+    (1.875, -1.25, 0.375),
+)
+NEWTON_SCHULZ_POLYNOMIALS = {"jordan": JORDAN_POLYNOMIALS, "polar_express": POLAR_EXPRESS_POLYNOMIALS}
 
 
-def newton_schulz_torch(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None = None) -> Tensor:
+def iterations_of(polynomials: Polynomials, steps: int) -> Polynomials:
+    """The coefficients of `steps` iterations."""
+    return tuple(polynomials[min(k, len(polynomials) - 1)] for k in range(steps))
+
+
+def newton_schulz_torch(
+    G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None = None, polynomials: Polynomials = JORDAN_POLYNOMIALS
+) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: U V^T of G = U S V^T with singular values in about [0.7, 1.2].
 
     Source: Jordan et al. 2024, "Muon"; Bernstein and Newhouse 2024. X <- a X + (b X X^T + c (X X^T)^2) X with X of
@@ -26,6 +53,7 @@ def newton_schulz_torch(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None 
         G_BMN: matrices of one shape; a single (M, N) is allowed.
         steps: iterations, >= 0.
         dtype: of the products; None for bfloat16 on CUDA and the dtype of G elsewhere.
+        polynomials: (a, b, c) of each iteration.
     Returns:
         the same shape, in the dtype of G. A zero matrix stays zero.
     Raises:
@@ -37,16 +65,15 @@ def newton_schulz_torch(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None 
     if G_BMN.dim() not in (2, 3) or steps < 0:
         raise ValueError(f"newton_schulz: G is {tuple(G_BMN.shape)} and steps {steps}; expected (B,M,N) and steps >= 0")
     if G_BMN.dim() == 2:
-        return newton_schulz_torch(G_BMN[None], steps, dtype=dtype)[0]
+        return newton_schulz_torch(G_BMN[None], steps, dtype=dtype, polynomials=polynomials)[0]
     if dtype is None:
         dtype = torch.bfloat16 if G_BMN.is_cuda else G_BMN.dtype
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     wide = G_BMN if G_BMN.dtype == torch.float64 else G_BMN.float()
     X_BSL = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     tall = X_BSL.shape[1] > X_BSL.shape[2]
     if tall:
         X_BSL = X_BSL.mT.contiguous()
-    for _ in range(steps):
+    for a, b, c in iterations_of(polynomials, steps):
         gram_BSS = torch.bmm(X_BSL, X_BSL.mT)
         mix_BSS = torch.baddbmm(gram_BSS, gram_BSS, gram_BSS, beta=b, alpha=c)
         X_BSL = torch.baddbmm(X_BSL, mix_BSS, X_BSL, beta=a)
@@ -78,6 +105,7 @@ class Muon(torch.optim.Optimizer):
             up to the rows of every matrix of the group. None for whole matrices.
         normalize_rows: divide each row of the momentum's result by its root mean square before Newton-Schulz.
         dtype: of the Newton-Schulz products; None as in `newton_schulz_torch`. Not a group key.
+        polynomials: of Newton-Schulz. Not a group key.
         process_group: the ranks that share the work; None for all. Not a group key.
         newton_schulz: what orthogonalises a batch; `newton_schulz_torch` or another form of it. Not a group key.
     Raises:
@@ -99,6 +127,7 @@ class Muon(torch.optim.Optimizer):
         row_splits: tuple[int, ...] | None = None,
         normalize_rows: bool = False,
         dtype: torch.dtype | None = None,
+        polynomials: Polynomials = JORDAN_POLYNOMIALS,
         process_group: dist.ProcessGroup | None = None,
         newton_schulz: Callable[..., Tensor] = newton_schulz_torch,
     ) -> None:
@@ -111,7 +140,7 @@ class Muon(torch.optim.Optimizer):
             "row_splits": row_splits,
             "normalize_rows": normalize_rows,
         }
-        self._dtype = dtype
+        self._dtype, self._polynomials = dtype, polynomials
         self._process_group = process_group
         self._newton_schulz = newton_schulz
         super().__init__(params, defaults)
@@ -218,10 +247,10 @@ class Muon(torch.optim.Optimizer):
                 block_BMN = block_BMN * torch.rsqrt(block_BMN.square().mean(dim=2, keepdim=True) + 1e-20)
             block_BSL = block_BMN.mT if tall else block_BMN
             if len(places) == len(blocks):
-                return self._newton_schulz(block_BSL, steps, dtype=self._dtype)
+                return self._newton_schulz(block_BSL, steps, dtype=self._dtype, polynomials=self._polynomials)
             for k, block in zip(places, block_BSL, strict=True):
                 parts[k] = block
-        return self._newton_schulz(torch.stack(parts), steps, dtype=self._dtype)
+        return self._newton_schulz(torch.stack(parts), steps, dtype=self._dtype, polynomials=self._polynomials)
 
     def _gather(self, done_BSL: Tensor, share: int, ranks: int, first_rank: int) -> tuple[Tensor, Any]:
         """Start to collect the shares of all ranks, the first from `first_rank`; the last ones may be short or empty.

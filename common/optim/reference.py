@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def newton_schulz_reference(G_MN: np.ndarray, steps: int) -> np.ndarray:
+def newton_schulz_reference(
+    G_MN: np.ndarray, steps: int, polynomials: tuple[tuple[float, float, float], ...] = ((3.4445, -4.7750, 2.0315),)
+) -> np.ndarray:
     """`steps` iterations X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|, which act on singular values alone.
 
     Source: Jordan et al. 2024, "Muon". Written on the singular values: s <- a s + b s^3 + c s^5.
@@ -13,6 +15,7 @@ def newton_schulz_reference(G_MN: np.ndarray, steps: int) -> np.ndarray:
     Args:
         G_MN: a matrix.
         steps: iterations, >= 0.
+        polynomials: (a, b, c) of each iteration; the last serves all that follow.
     Returns:
         (M, N), float64; zero for a zero matrix.
 
@@ -21,6 +24,7 @@ def newton_schulz_reference(G_MN: np.ndarray, steps: int) -> np.ndarray:
     G_MN = np.asarray(G_MN, np.float64)
     U, s, Vt = np.linalg.svd(G_MN, full_matrices=False)
     s = s / (np.linalg.norm(s) + 1e-7)
-    for _ in range(steps):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    for k in range(steps):
+        a, b, c = polynomials[min(k, len(polynomials) - 1)]
+        s = a * s + b * s**3 + c * s**5
     return (U * s) @ Vt

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.optim.muon import NEWTON_SCHULZ_COEFFICIENTS, newton_schulz_torch
+from common.optim.muon import JORDAN_POLYNOMIALS, Polynomials, iterations_of, newton_schulz_torch
 from common.triton_support import (
     kernel_is_interpreted,
     multiprocessors_of,
@@ -72,7 +72,7 @@ def _mirrored_product_kernel(
 
 
 def _mirrored_product(X_BSL: Tensor, added_BSS: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """alpha X X^T + beta added, symmetric to the bit. Sides are multiples of 16 bytes."""
+    """alpha X X^T + beta added; tiles off the diagonal are mirrored to the bit. Sides are multiples of 16 bytes."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     count, side, length = X_BSL.shape
@@ -109,7 +109,9 @@ def _mirrored_product(X_BSL: Tensor, added_BSS: Tensor | None, alpha: float, bet
     return out_BSS
 
 
-def newton_schulz_triton(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None = None) -> Tensor:
+def newton_schulz_triton(
+    G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None = None, polynomials: Polynomials = JORDAN_POLYNOMIALS
+) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly, as `newton_schulz_torch`, whose first two products cost half.
 
     Source: as `newton_schulz_torch`. Both X X^T and its polynomial are symmetric, so only their upper triangles are
@@ -125,13 +127,12 @@ def newton_schulz_triton(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None
     require_triton("newton_schulz_triton")
     if G_BMN.dim() != 3 or steps < 1:
         if G_BMN.dim() == 2 and steps >= 1:
-            return newton_schulz_triton(G_BMN[None], steps, dtype=dtype)[0]
-        return newton_schulz_torch(G_BMN, steps, dtype=dtype)
+            return newton_schulz_triton(G_BMN[None], steps, dtype=dtype, polynomials=polynomials)[0]
+        return newton_schulz_torch(G_BMN, steps, dtype=dtype, polynomials=polynomials)
     if dtype is None:
         dtype = torch.bfloat16 if G_BMN.is_cuda else G_BMN.dtype
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"newton_schulz_triton: products in {dtype}; expected bfloat16 or float32, or the torch form")
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     step = 16 // (2 if dtype == torch.bfloat16 else 4)  # rows of descriptors are multiples of 16 bytes
     wide_BSL = G_BMN if G_BMN.dtype == torch.float64 else G_BMN.float()
     factor_B11 = 1.0 / (wide_BSL.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -142,7 +143,7 @@ def newton_schulz_triton(G_BMN: Tensor, steps: int, *, dtype: torch.dtype | None
     # Rows and columns of zeros change nothing.
     X_BSL = torch.zeros(count, -(-side // step) * step, -(-length // step) * step, dtype=dtype, device=G_BMN.device)
     torch.mul(wide_BSL, factor_B11, out=X_BSL[:, :side, :length])
-    for _ in range(steps):
+    for a, b, c in iterations_of(polynomials, steps):
         gram_BSS = _mirrored_product(X_BSL, None, 1.0, 0.0)
         mix_BSS = _mirrored_product(gram_BSS, gram_BSS, c, b)
         X_BSL = torch.baddbmm(X_BSL, mix_BSS, X_BSL, beta=a)

@@ -19,7 +19,8 @@ from common.quant.grid import round_to_bf16
 
 GPTQ_DAMPING = 0.01  # of the mean of H's diagonal, added to it
 GPTQ_BLOCK = 64  # columns rounded before their errors reach the columns behind them
-STEP_MIN_SIGMAS, STEP_MAX_SIGMAS = 0.1, 3.0
+STEP_MAX_SIGMAS = 3.0
+CODE_MARGIN = 1.05  # the largest weight's code stays this far inside the grid, for error feedback and rounded steps
 ROW_STEPS_PER_OCTAVE, COLUMN_STEPS_PER_OCTAVE = 8, 4
 _WEAKEST_ROW = 1e-4  # of the mean sensitivity: a row whose gradient was never seen is not free
 
@@ -76,18 +77,19 @@ def _octave_grid(value: np.ndarray, unit: float, per_octave: int) -> np.ndarray:
 
 
 def plan_scales(
-    w_RC: np.ndarray, statistics: LayerStatistics, loss_nats: float, elimination: Elimination
+    w_RC: np.ndarray, statistics: LayerStatistics, loss_nats: float, elimination: Elimination, qmax: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Steps at which every weight is expected to cost the same loss: what is best for a fixed number of bits.
 
     A uniform grid of step s has squared error s^2 / 12, so the step of row i and column j is
-    sqrt(24 loss_nats / (g_i cost_j)), kept within STEP_MIN_SIGMAS .. STEP_MAX_SIGMAS of the row.
+    sqrt(24 loss_nats / (g_i cost_j)); at most STEP_MAX_SIGMAS of the row, at least what its largest weight needs.
 
     Args:
         w_RC: weights, float32.
         statistics: of the layer.
         loss_nats: expected loss increase a weight, nats a token: the one knob, the same for all layers.
         elimination: of statistics.hessian_CC.
+        qmax: largest code.
 
     Returns:
         Row scales (R,) and column scales (C,), float32 of bf16 values; the step is their product.
@@ -95,14 +97,14 @@ def plan_scales(
     log_cost_C = np.log(elimination.cost_C)
     column_C = np.empty(len(log_cost_C))
     column_C[elimination.order_C] = np.exp((log_cost_C.mean() - log_cost_C) / 2)
-    column_C = np.clip(column_C, 1 / 8, 8)
+    column_C = _octave_grid(np.clip(column_C, 1 / 8, 8), 1.0, COLUMN_STEPS_PER_OCTAVE)
     sensitivity_R = np.maximum(statistics.sensitivity_R, _WEAKEST_ROW * statistics.sensitivity_R.mean() + 1e-30)
     unit = float(np.sqrt(24 * loss_nats))
     row_R = unit / np.sqrt(sensitivity_R * np.exp(log_cost_C.mean()))
     sigma_R = np.sqrt(np.mean(np.square(w_RC, dtype=np.float64), axis=1))
-    row_R = np.clip(row_R, STEP_MIN_SIGMAS * sigma_R, STEP_MAX_SIGMAS * sigma_R)
-    row_R = _octave_grid(np.maximum(row_R, 1e-30), unit, ROW_STEPS_PER_OCTAVE)
-    return row_R, _octave_grid(column_C, 1.0, COLUMN_STEPS_PER_OCTAVE)
+    finest_R = np.abs(w_RC / column_C).max(axis=1) * CODE_MARGIN / qmax
+    row_R = np.maximum(np.minimum(row_R, STEP_MAX_SIGMAS * sigma_R), finest_R)
+    return _octave_grid(np.maximum(row_R, 1e-30), unit, ROW_STEPS_PER_OCTAVE), column_C
 
 
 def gptq_codes(

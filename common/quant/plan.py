@@ -93,7 +93,7 @@ def plan_model(
             row_R, column_C = np.split(trained.scales[name], [len(w)])
             row_R = round_to_bf16(row_R * np.float32(math.sqrt(loss_nats / trained.loss_nats)))
         else:
-            row_R, column_C = plan_scales(w, layer, loss_nats, elimination)
+            row_R, column_C = plan_scales(w, layer, loss_nats, elimination, FREE_STEP_GRID.qmax)
         codes = gptq_codes(w, row_R, column_C, FREE_STEP_GRID.qmax, elimination, rate)
         tensors[name] = QuantizedTensor(FREE_STEP_GRID, codes, np.concatenate([row_R, column_C]), w.shape)
         expected[name] = expected_increase(w, tensors[name], layer)

@@ -114,18 +114,24 @@ class SentencePieceTokenizer:
         try:
             if not model_bytes:
                 raise RuntimeError("the file is empty")
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except RuntimeError as error:
+            self._examine(path, model_bytes, sentencepiece.SentencePieceProcessor(model_proto=model_bytes))
+        except (RuntimeError, ValueError, IndexError) as error:  # pieces, and its own errors, may be no UTF-8
             raise TokenizerError(
                 f"{path}: no SentencePiece model ({error}); expected the .model file that training wrote: "
                 "copy or make it again."
             ) from error
+
+    def _examine(self, path: str | Path, model_bytes: bytes, processor: Any) -> None:
+        """Learn what a model does, and refuse what cannot be used. Raises TokenizerError, ValueError, RuntimeError."""
+        self._processor = processor
         self.vocab_size: int = self._processor.vocab_size()
         if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
             raise TokenizerError(
                 f"{path}: {self.vocab_size} entries, expected 1 to {MAX_VOCAB_SIZE}: shards store uint16; "
                 "use a smaller vocabulary."
             )
+        for token in range(self.vocab_size):  # every piece is text
+            self._processor.id_to_piece(token)
         probe = self._processor.encode("a", out_type=str)
         if probe[-1].endswith(SPACE_MARK):
             raise TokenizerError(

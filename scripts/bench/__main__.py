@@ -6,6 +6,8 @@
     python scripts/bench step                      training steps of one preset, or of two checkouts side by side
     python scripts/bench bytes                     one model on every grid: bytes against bits per byte
     python scripts/bench worldmodel                data, training steps and sampling of the world model
+    python scripts/bench dreams                    time and memory of a dreamed frame, for every kind of dynamics
+    python scripts/bench load                      text, frames and checkpoints by the gigabyte; cost on paper
     python scripts/bench play                      the player under load: many browsers for minutes
 
 `--help` after a command lists its options. Only what a command needs is imported.
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("aot", "bytes", "kernels", "play", "roofline", "step", "worldmodel")
+COMMANDS = ("aot", "bytes", "dreams", "kernels", "load", "play", "roofline", "step", "worldmodel")
 # What the entry imports for artifacts, which no bench writes: a bare CUDA + PyTorch image does not have it.
 CODECS = ("brotli", "zstandard")
 

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     port = free_port()
     command = [sys.executable, "-m", "worldmodel", "play", "--port", str(port), "--max-players",
                str(arguments.players), *arguments.rest]  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the server must end with us
     with tempfile.TemporaryFile("w+") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
         try:

@@ -51,7 +51,6 @@ from worldmodel.config import (
 from worldmodel.data.collect import CollectConfig, run_collect
 from worldmodel.data.envs import NUM_ACTIONS, EnvOptions, make_procgen
 from worldmodel.data.pipeline import make_loader
-from worldmodel.models.dynamics import Dynamics
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.rollout.world import World
 from worldmodel.train.loop import initial_state, make_step
@@ -268,10 +267,8 @@ class SampleBench:
     def __init__(self, shapes: Shapes, decode_steps: int) -> None:
         config = stage_config("dynamics", shapes)
         tokenizer = random_tokenizer(config.tokenizer)
-        codes_VL = np.asarray(tokenizer.quantizer.codes)
         frame = config.tokenizer.frame
-        rngs = nnx.Rngs(params=1)
-        dynamics = Dynamics(config.dynamics, frame, codes_VL, num_actions=NUM_ACTIONS, lam=config.lam, rngs=rngs)
+        dynamics = DynamicsObjective(config, tokenizer, num_actions=NUM_ACTIONS).build(nnx.Rngs(params=1))
         self._world = World(config, tokenizer, dynamics, dynamics.num_actions, source="untrained weights")
         self._config = RolloutConfig(prompt_frames=1, horizon=shapes.seq_len - 1, decode_steps=decode_steps)
         rng = np.random.default_rng(0)

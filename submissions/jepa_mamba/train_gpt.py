@@ -13,7 +13,8 @@ How the parts fit together:
     compute dtype. `Masters.publish` writes them once a step, so training, validation and export see one and the same
     grid.
   * Everything random is a function of (seed, step): a checkpoint needs no generator state, a resumed run is the run.
-  * The clock counts every second that can teach the model: steps, moving averages, temperature search.
+  * The clock counts every second that can teach the model: steps, moving averages, temperature search. Its readings
+    are in the log, and a run that is given them (`clock_from`) repeats the run that took them bit for bit.
   * A score is a result only if it was read back from the artifact on disk (`summary.json`: val_bpb).
 
 Letters of shape suffixes: B batch, T time, D model dim, E embedding dim, V vocabulary, N = B*T rows, H heads, P head
@@ -29,11 +30,13 @@ import copy
 import difflib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -51,18 +54,28 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from common.artifact.budget import CHALLENGE_BUDGET_BYTES, SizeReport, check_budget, format_size_table
 from common.artifact.container import encode_artifact, load_artifact, save_artifact
 from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
+from common.console import TrainingConsole, peak_memory_bytes, progress_text
 from common.cpu import tune_cpu_process
-from common.errors import CheckpointError, ConfigError, GolfError, ShardError, TokenizerError
-from common.files import write_atomically
+from common.errors import (
+    CheckpointError,
+    ConfigError,
+    GolfError,
+    ShardError,
+    StorageError,
+    TokenizerError,
+    TrainingError,
+)
+from common.files import remove_temporaries, storing, sync_folder, write_atomically
 from common.gated_norm.torch_impl import gated_rms_norm_torch
 from common.gated_norm.triton_impl import gated_rms_norm_triton
-from common.optim.muon import Muon, newton_schulz_torch
+from common.optim.muon import NEWTON_SCHULZ_POLYNOMIALS, Muon, newton_schulz_torch
 from common.optim.triton_impl import newton_schulz_triton
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import GridSpec, QuantizedTensor, dequantize
@@ -117,6 +130,10 @@ class Config:
     compile_model: bool = option(False, "torch.compile the loss; the warmup steps pay for compilation")
     cuda_graphs: bool = option(False, "capture the whole step in a CUDA graph and replay it")
     budget_bytes: int = option(CHALLENGE_BUDGET_BYTES, "code + artifact may not exceed this; 0: no limit")
+    clock: str = option(
+        "wall", "wall: seconds that pass; cpu: seconds of processor time, whatever else runs", ("wall", "cpu")
+    )
+    clock_from: str = option("", "run folder whose clock readings decide instead of new ones: the same run again")
     # Data
     tokenizer: str = option("bpe", "byte: 256 byte values; bpe: a SentencePiece model", ("byte", "bpe"))
     tokenizer_path: str = option("", "SentencePiece model; empty: DATA_PATH/tokenizer.model")
@@ -138,6 +155,9 @@ class Config:
     attn_layers: str = option("", "comma-separated blocks whose mixer is causal attention instead of the scan")
     attn_headdim: int = option(64, "head dimension of attention layers")
     attn_window: int = option(0, "tokens an attention layer sees; 0: train_seq_len")
+    dt_apart: bool = option(False, "dt has a matrix of its own instead of rows of in_proj, kept at 8 bits")
+    repeat_blocks: str = option("", "comma-separated neighbouring blocks that run a second time, with the same weights")
+    parallel_residual: bool = option(False, "mixer and feed-forward of a block read the same input")
     mlp_mult: int = option(4, "feed-forward width over model_dim; 0: no feed-forward")
     mlp_every: int = option(2, "every n-th block has a feed-forward, from block 0")
     activation: str = option("relu2", "feed-forward activation", ("relu2", "leaky_relu2", "swiglu"))
@@ -160,15 +180,24 @@ class Config:
     jepa_steps: int = option(3, "latent rollout length")
     projector_type: str = option("linear", "h -> z", ("linear", "mlp"))
     predictor_hidden_mult: int = option(4, "hidden width of the predictor over model_dim")
+    jepa_stride: int = option(1, "tokens that one step of the rollout goes ahead")
+    jepa_layer: int = option(0, "z is made after this many blocks; 0: of the final hidden state")
+    jepa_until: float = option(0.0, "latent prediction and SIGReg fade to 0 by this fraction of the run; 0: they stay")
+    jepa_shuffle: bool = option(False, "placebo: the targets are latents of other positions of other windows")
     detach_targets: bool = option(False, "stop the gradient at the predicted z")
     sigreg_lambda: float = option(1.0, "weight of SIGReg")
     sigreg_mode: str = option("timestep", "statistic per position or over all positions", ("timestep", "pooled"))
+    sigreg_form: str = option(
+        "waves", "waves: sliced test of the distribution; covariance: of its two moments", ("waves", "covariance")
+    )
     sigreg_timesteps: int = option(64, "positions drawn a step for SIGReg; 0: all")
     sigreg_knots: int = option(17, "quadrature knots of SIGReg")
     sigreg_num_proj: int = option(0, "random projections of SIGReg; 0: twice the embedding width")
     sigreg_schedule: bool = option(False, "ramp sigreg_lambda from 0 over the first 30% of the run")
     # Training
     train_seq_len: int = option(1024, "tokens a training window")
+    seq_len_start: int = option(0, "windows start at this length and double up to train_seq_len; 0: no schedule")
+    seq_len_full_at: float = option(0.5, "fraction of the run from which windows have train_seq_len")
     train_batch_tokens: int = option(524288, "tokens a step over all ranks")
     micro_batch_tokens: int = option(65536, "tokens a forward pass of one rank at most")
     iterations: int = option(100000, "steps at most")
@@ -187,6 +216,8 @@ class Config:
     muon_momentum_warmup_start: float = option(0.85, "Muon momentum at step 0")
     muon_momentum_warmup_steps: int = option(500, "steps of momentum warmup")
     muon_backend_steps: int = option(3, "Newton-Schulz iterations")
+    muon_normalize_rows: bool = option(True, "rows of the momentum have one size before Newton-Schulz (MuonEq-R)")
+    muon_polynomial: str = option("jordan", "coefficients of Newton-Schulz", ("jordan", "polar_express"))
     muon_split_in_proj: bool = option(False, "orthogonalise the z, x, B, C, dt rows of in_proj apart")
     muon_wd: float = option(0.04, "decoupled weight decay of matrices")
     adam_wd: float = option(0.05, "decoupled weight decay of the embedding; vectors have none")
@@ -194,6 +225,7 @@ class Config:
     beta2: float = option(0.95, "AdamW")
     adam_eps: float = option(1e-8, "AdamW")
     grad_clip_norm: float = option(1.0, "global gradient norm at most; 0: off")
+    nonfinite_limit: int = option(10, "steps whose gradient is not finite, and counts as zero, before the run stops")
     ema_decay: float = option(0.0, "moving average of the weights, which then ships; 0: off")
     ema_start_fraction: float = option(0.5, "fraction of the run after which averaging starts")
     # Quantization
@@ -211,13 +243,18 @@ class Config:
     val_loss_every: int = option(5000, "steps between validations of the weights that would ship; 0: only at the end")
     val_max_tokens: int = option(0, "tokens of a periodic validation; 0: all. Final scores always cover all")
     val_batch_size: int = option(65536, "tokens a forward pass of scoring, per rank")
-    eval_modes: str = option("standard", "comma-separated: standard, sliding, carried; the first gives val_bpb")
+    eval_modes: str = option("standard", "comma-separated: standard, sliding, carried, ttt; the first gives val_bpb")
     eval_seq_len: int = option(0, "tokens a scoring window; 0: train_seq_len")
     sliding_eval_stride: int = option(16, "tokens scored a sliding window")
     eval_lanes: int = option(8, "documents scored side by side in carried mode (needs document_reset)")
+    eval_seconds: float = option(600.0, "a mode that would take longer is refused; 0: no limit")
+    eval_tokens_per_s: float = option(0.0, "tokens that the declared hardware computes a second; 0: measured here")
+    ttt_lr: float = option(0.01, "ttt: step size of the stochastic gradient descent on scored text")
+    ttt_chunk_tokens: int = option(8192, "ttt: tokens that are scored, then learned from, at a time")
     temp_scaling: bool = option(True, "search a softmax temperature on training text, inside the clock")
     temp_calib_tokens: int = option(65536, "training tokens of the temperature search")
     jepa_diagnostics: bool = option(True, "measure the latent space at the end")
+    latent_log_every: int = option(0, "steps between measurements of the latent objectives, off the clock; 0: none")
     # Logs and checkpoints
     train_log_every: int = option(100, "steps between log lines")
     checkpoint_every: int = option(0, "steps between checkpoints; 0: none")
@@ -225,6 +262,12 @@ class Config:
 
     def attention_blocks(self) -> frozenset[int]:
         return frozenset(int(i) if i.strip().isdecimal() else -1 for i in self.attn_layers.split(",") if i.strip())
+
+    def block_order(self) -> tuple[int, ...]:
+        """Blocks as they run: those of repeat_blocks a second time after their last."""
+        again = [int(i) for i in self.repeat_blocks.split(",") if i.strip()]
+        last = again[-1] + 1 if again else self.num_layers
+        return (*range(last), *again, *range(last, self.num_layers))
 
     def modes(self) -> list[str]:
         return [mode.strip() for mode in self.eval_modes.split(",") if mode.strip()]
@@ -246,18 +289,21 @@ class Config:
 MODEL_FIELDS = (
     *("vocab_size", "model_dim", "num_layers", "d_state", "d_conv", "expand", "headdim", "ngroups", "attn_layers"),
     *("attn_headdim", "attn_window", "mlp_mult", "mlp_every", "activation", "unet_skips", "x0_mix", "document_reset"),
+    *("dt_apart", "repeat_blocks", "parallel_residual"),
     *("embed_dim", "tie_embeddings", "vocab_bias", "logit_softcap", "softcap_type", "train_seq_len"),
 )
-SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride")
+SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride", "ttt_lr", "ttt_chunk_tokens")
 # What may differ between a run and its resumption.
 RESUME_FREE_FIELDS = frozenset(
     {
         *("runs_dir", "device", "kernels", "compile_model", "cuda_graphs", "data_path", "tokenizer_path"),
         "micro_batch_tokens",
+        *("eval_seconds", "eval_tokens_per_s", "latent_log_every"),
+        "nonfinite_limit",
         *("val_batch_size", "train_log_every", "checkpoint_every", "checkpoint_keep", "eval_lanes", "warmup_steps"),
     }
 )
-EVAL_MODES = ("standard", "sliding", "carried")
+EVAL_MODES = ("standard", "sliding", "carried", "ttt")
 PRESETS_FOLDER = "presets"
 
 
@@ -340,6 +386,7 @@ AT_LEAST_ONE = (
         "checkpoint_keep",
     ),
     *("val_batch_size", "sliding_eval_stride", "eval_lanes", "temp_calib_tokens", "predictor_hidden_mult"),
+    *("jepa_stride", "ttt_chunk_tokens"),
 )
 
 
@@ -358,6 +405,8 @@ def check_config(config: Config) -> None:
         if kind in (int, float) and not least <= value < 2**53:
             raise ConfigError(f"{f.name} is {value}; it must be finite and at least {least}")
     c, layers = config, config.attention_blocks()
+    again = [int(i) if i.strip().isdecimal() else -1 for i in c.repeat_blocks.split(",") if i.strip()]
+    doublings = c.train_seq_len // c.seq_len_start if c.seq_len_start else 1
     rules = [
         ((c.expand * c.model_dim) % c.headdim == 0, "headdim must divide expand * model_dim"),
         ((c.expand * c.model_dim // c.headdim) % c.ngroups == 0, "ngroups must divide the number of heads"),
@@ -368,7 +417,21 @@ def check_config(config: Config) -> None:
         (all(0 <= i < c.num_layers for i in layers), "attn_layers are block numbers that must lie below num_layers"),
         (c.tokenizer != "byte" or c.vocab_size == 256, "byte mode has a vocabulary of 256"),
         (c.ce_weight > 0 or c.jepa_on, "at least one objective must have weight"),
-        (c.jepa_weight == 0 or 0 < c.jepa_steps < c.train_seq_len, "0 < jepa_steps < train_seq_len"),
+        (
+            c.jepa_weight == 0 or 0 < c.jepa_steps * c.jepa_stride < (c.seq_len_start or c.train_seq_len),
+            "0 < jepa_steps * jepa_stride < train_seq_len (or seq_len_start)",
+        ),
+        (c.jepa_layer <= c.num_layers, "jepa_layer may not exceed num_layers"),
+        (
+            not again or (again == list(range(again[0], again[-1] + 1)) and again[0] >= 0 and again[-1] < c.num_layers),
+            "repeat_blocks are block numbers below num_layers, one after the other",
+        ),
+        (
+            doublings.bit_count() == 1 and c.seq_len_start * doublings == (c.train_seq_len if c.seq_len_start else 0),
+            "train_seq_len must be seq_len_start times a power of two",
+        ),
+        (c.jepa_until <= 1 and c.seq_len_full_at <= 1, "fractions lie in [0, 1]"),
+        (not c.clock_from or c.max_wallclock_seconds > 0, "clock_from needs the max_wallclock_seconds of that run"),
         (c.warmdown_by != "time" or c.max_wallclock_seconds > 0, "warmdown_by=time needs max_wallclock_seconds"),
         (c.warmdown_fraction <= 1 and c.qat_fraction <= 1 and c.ema_start_fraction <= 1, "fractions lie in [0, 1]"),
         (c.free_qat_fraction <= c.qat_fraction, "free_qat_fraction may not exceed qat_fraction"),
@@ -398,6 +461,7 @@ class Command(NamedTuple):
     prompt: str
     tokens: int
     given: frozenset[str]  # options set by preset file, environment or flag; a bundled preset is a default
+    log_json: bool
 
 
 def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
@@ -412,6 +476,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     action.add_argument("--preset", default=environ.get("PRESET", ""), help="name in presets/ or path of a preset file")
     overwrite = "start over where the run folder is finished or of another configuration; unfinished runs still resume"
     action.add_argument("--overwrite", action="store_true", help=overwrite)
+    action.add_argument("--log_json", "--log-json", action="store_true", help="print log entries as JSON, nothing else")
     action.add_argument("--score", default="", metavar="ARTIFACT", help="score an artifact and print one JSON object")
     action.add_argument("--val", default="", metavar="GLOB", help="validation shards for --score")
     action.add_argument(
@@ -429,7 +494,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     arguments, unknown = parser.parse_known_args(list(argv))
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
-        known += ["preset", "overwrite", "score", "val", "generate", "prompt", "tokens"]
+        known += ["preset", "overwrite", "log_json", "score", "val", "generate", "prompt", "tokens"]
         raise ConfigError(
             f"unknown argument {unknown[0]!r}{nearest(name, [f'--{k}' for k in known])} (--help lists all)"
         )
@@ -457,6 +522,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
         arguments.prompt,
         arguments.tokens,
         frozenset(values),
+        arguments.log_json,
     )
 
 
@@ -582,6 +648,12 @@ class Mamba2(nn.Module):
         self.kernels = kernels
         channels = self.inner + 2 * c.ngroups * c.d_state
         self.in_proj = nn.Linear(c.model_dim, self.inner + channels + self.heads, bias=False)
+        self.dt_proj = nn.Linear(c.model_dim, self.heads, bias=False, device="meta") if c.dt_apart else None
+        if self.dt_proj is not None:  # takes the rows that in_proj would have had, and no random draws
+            rest_RD, dt_HD = self.in_proj.weight.detach().split([self.inner + channels, self.heads])
+            self.dt_proj.weight = nn.Parameter(dt_HD.clone())
+            self.in_proj = nn.Linear(c.model_dim, len(rest_RD), bias=False, device="meta")
+            self.in_proj.weight = nn.Parameter(rest_RD.clone())
         convolution = nn.Conv1d(channels, channels, c.d_conv, groups=channels)  # for its initialisation
         self.conv_weight = nn.Parameter(convolution.weight.detach().squeeze(1).clone())
         self.conv_bias = nn.Parameter(convolution.bias.detach().clone())  # pyright: ignore[reportOptionalMemberAccess]
@@ -594,9 +666,9 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.inner, c.model_dim, bias=False)
 
     def row_splits(self) -> tuple[int, ...]:
-        """Rows of in_proj by kind: z, x, B, C, dt."""
+        """Rows of in_proj by kind: z, x, B, C, and dt unless it is apart."""
         groups = self.ngroups * self.d_state
-        return (self.inner, self.inner, groups, groups, self.heads)
+        return (self.inner, self.inner, groups, groups, *([] if self.dt_proj is not None else [self.heads]))
 
     def empty_state(self, batch: int, like: Tensor) -> LayerState:
         conv_BDS = like.new_zeros(batch, self.conv_weight.shape[0], self.conv_weight.shape[1] - 1)
@@ -608,7 +680,8 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         batch, time_, _ = u_BTD.shape
         groups = self.ngroups * self.d_state
-        z_BTI, conv_BTC, dt_BTH = self.in_proj(u_BTD).split([self.inner, self.inner + 2 * groups, self.heads], dim=-1)
+        projected = self.in_proj(u_BTD).split([self.inner, self.inner + 2 * groups, *self.row_splits()[4:]], dim=-1)
+        z_BTI, conv_BTC, dt_BTH = projected if self.dt_proj is None else (*projected, self.dt_proj(u_BTD))
         conv_BTC, conv_state_BCS = self.kernels.causal_conv1d(
             conv_BTC,
             self.conv_weight.to(u_BTD.dtype),
@@ -731,7 +804,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x0 mix -> + scaled mixer(norm(x)) -> + scaled feed-forward(norm(x))."""
+    """x0 mix -> + scaled mixer(norm(x)) -> + scaled feed-forward(norm(x)), of the same x if they are parallel."""
 
     def __init__(self, config: Config, index: int, kernels: Kernels) -> None:
         super().__init__()
@@ -742,6 +815,7 @@ class Block(nn.Module):
         has_mlp = config.mlp_mult > 0 and config.mlp_every > 0 and index % config.mlp_every == 0
         self.mlp = FeedForward(config, kernels) if has_mlp else None
         self.mlp_scale = nn.Parameter(ones_D.clone()) if has_mlp else None
+        self.parallel = config.parallel_residual
 
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor, documents: Documents | None, state: LayerState | None
@@ -749,10 +823,11 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             mix_2D = self.resid_mix.to(x_BTD.dtype)
             x_BTD = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
-        mixed_BTD, new_state = self.mixer(rms_norm_torch(x_BTD, 1e-6), documents, state)
+        normed_BTD = rms_norm_torch(x_BTD, 1e-6)
+        mixed_BTD, new_state = self.mixer(normed_BTD, documents, state)
         x_BTD = torch.addcmul(x_BTD, self.mixer_scale.to(x_BTD.dtype), mixed_BTD)
         if self.mlp is not None and self.mlp_scale is not None:
-            fed_BTD = self.mlp(rms_norm_torch(x_BTD, 1e-6))
+            fed_BTD = self.mlp(normed_BTD if self.parallel else rms_norm_torch(x_BTD, 1e-6))
             x_BTD = torch.addcmul(x_BTD, self.mlp_scale.to(x_BTD.dtype), fed_BTD)
         return x_BTD, new_state
 
@@ -770,7 +845,8 @@ class LanguageModel(nn.Module):
         reverse = factored and c.tie_embeddings in (1, 2)
         self.embed_proj_rev = nn.Linear(c.model_dim, c.effective_embed_dim, bias=False) if reverse else None
         self.kernels = kernels
-        self.encoder_layers = c.num_layers // 2
+        self.order = c.block_order()
+        self.encoder_layers = len(self.order) // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, c.model_dim)) if c.unet_skips else None
         self.blocks = nn.ModuleList(Block(c, i, kernels) for i in range(c.num_layers))
         self.vocab_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.vocab_bias else None
@@ -782,15 +858,21 @@ class LanguageModel(nn.Module):
 
     def empty_state(self, batch: int) -> StreamState:
         like = self.embed_proj.weight if self.embed_proj is not None else self.token_embed.weight
-        return StreamState(tuple(block.mixer.empty_state(batch, like) for block in self.blocks), None)  # pyright: ignore
+        states = (self.blocks[i].mixer.empty_state(batch, like) for i in self.order)  # pyright: ignore
+        return StreamState(tuple(states), None)
 
     def encode(
-        self, ids_BT: Tensor, document_ids_BT: Tensor | None = None, state: StreamState | None = None
+        self,
+        ids_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        state: StreamState | None = None,
+        taps: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, StreamState]:
         """Token ids -> normalised hidden states h (B, T, D) and the state after the last token.
 
         Args: ids (B, T) int64 in [0, V); document_ids (B, T) integers, used only if the configuration resets at
-        documents; state of the preceding window of the same streams, or None at the start of a stream.
+        documents; state of the preceding window of the same streams, or None at the start of a stream; taps is filled
+        with what each block gives out, by the number of blocks behind it.
         """
         documents = None
         if self.config.document_reset and document_ids_BT is not None:
@@ -801,12 +883,14 @@ class LanguageModel(nn.Module):
         x_BTD = x0_BTD = rms_norm_torch(x_BTD, 1e-12)  # embeddings are small: eps must not show
         skips: list[Tensor] = []
         layers: list[LayerState] = []
-        for i, block in enumerate(self.blocks):
+        for i, index in enumerate(self.order):
             if i >= self.encoder_layers and skips and self.skip_weights is not None:
                 weight_D = self.skip_weights[i - self.encoder_layers].to(x_BTD.dtype)
                 x_BTD = torch.addcmul(x_BTD, weight_D, skips.pop())
-            x_BTD, layer_state = block(x_BTD, x0_BTD, documents, state.layers[i] if state else None)
+            x_BTD, layer_state = self.blocks[index](x_BTD, x0_BTD, documents, state.layers[i] if state else None)
             layers.append(layer_state)
+            if taps is not None:
+                taps[index + 1] = x_BTD
             if i < self.encoder_layers:
                 skips.append(x_BTD)
         remembered = None
@@ -886,16 +970,35 @@ class JepaHead(nn.Module):
     def predict(self, z_BTD: Tensor) -> Tensor:
         return self.pred_proj(self.predictor_out(F.gelu(self.predictor_in(z_BTD))))
 
-    def prediction_loss(self, z_BTD: Tensor, steps: int, detach_targets: bool) -> Tensor:
-        """Mean over k = 1..steps of the mean squared error of the k-fold rollout against z_{t+k}."""
+    def prediction_loss(self, z_BTD: Tensor, config: Config) -> Tensor:
+        """Mean over k = 1..jepa_steps of the squared error of the k-fold rollout against z_{t + k * jepa_stride}."""
+        batch, time_, _ = z_BTD.shape
+        goal_BTD = z_BTD.detach() if config.detach_targets else z_BTD
+        if config.jepa_shuffle:  # the next window, half a window away: as good a latent, but of nothing that follows
+            goal_BTD = goal_BTD.roll((1 % batch, time_ // 2), (0, 1))
         losses = []
-        rolled_BTD = z_BTD[:, :-1]
-        for k in range(1, steps + 1):
-            target_BTD = z_BTD[:, k:].detach() if detach_targets else z_BTD[:, k:]
-            rolled_BTD = self.predict(rolled_BTD)[:, : target_BTD.shape[1]]
+        rolled_BTD = z_BTD
+        for k in range(1, config.jepa_steps + 1):
+            target_BTD = goal_BTD[:, k * config.jepa_stride :]
+            rolled_BTD = self.predict(rolled_BTD[:, : target_BTD.shape[1]])
             losses.append(F.mse_loss(rolled_BTD.float(), target_BTD.float()))
-            rolled_BTD = rolled_BTD[:, : z_BTD.shape[1] - k - 1]
         return torch.stack(losses).mean()
+
+
+def covariance_penalty(z_NTD: Tensor) -> Tensor:
+    """How far two moments of z are from a standard Gaussian's: per position, (|E z z^T - I|^2 + |E z|^2) / D.
+
+    Source: the weak form of SIGReg, which asks for the moments instead of the distribution. z (N, T, D), N samples over
+    all ranks -> mean over T, float32. N samples of a standard Gaussian give (D + 2) / N.
+    """
+    z_TND = z_NTD.float().transpose(0, 1)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    count = z_TND.shape[1] * ranks
+    moment_TDD, mean_TD = z_TND.mT @ z_TND / count, z_TND.sum(1) / count
+    if ranks > 1:  # its gradient is summed over ranks too, and then averaged with all others
+        moment_TDD, mean_TD = all_reduce(moment_TDD), all_reduce(mean_TD)
+    off_TDD = moment_TDD - torch.eye(z_TND.shape[2], device=z_TND.device)
+    return (off_TDD.square().sum((1, 2)) + mean_TD.square().sum(1)).mean() / z_TND.shape[2]
 
 
 class TrainingModel(nn.Module):
@@ -920,46 +1023,66 @@ class TrainingModel(nn.Module):
         generator = np.random.Generator(np.random.Philox(key=[self.config.seed, step]))
         return torch.from_numpy(generator.integers(0, time_, count))
 
-    def forward(
+    def latents(self, x_BT: Tensor, document_ids_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states h (B, T, D) of tokens (B, T) and, where there is a JEPA head, their latents z (B, T, D)."""
+        if self.jepa is None:
+            return self.lm.encode(x_BT, document_ids_BT)[0], None
+        tap = self.config.jepa_layer
+        taps: dict[int, Tensor] | None = {} if tap else None
+        h_BTD, _ = self.lm.encode(x_BT, document_ids_BT, taps=taps)
+        return h_BTD, self.jepa.projector(rms_norm_torch(taps[tap], 1e-6) if taps else h_BTD)
+
+    def objectives(
         self,
         x_BT: Tensor,
         y_BT: Tensor,
         document_ids_BT: Tensor | None,
         sigreg_lambda: float | Tensor | None,
         positions: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch and its detached parts (nats): jepa, sigreg, sigreg_excess (over its floor), ce.
-
-        sigreg_lambda is a scalar tensor where it changes between replays of one graph, and None to leave SIGReg out.
-        """
+        jepa_scale: float | Tensor | None = 1.0,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted objectives of one micro-batch, whose sum is the loss, and detached parts: see `forward`."""
         c = self.config
-        h_BTD, _ = self.lm.encode(x_BT, document_ids_BT)
-        loss = h_BTD.new_zeros((), dtype=torch.float32)
+        h_BTD, z_BTD = self.latents(x_BT, document_ids_BT)
+        weighted: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
-        if self.jepa is not None:
-            z_BTD = self.jepa.projector(h_BTD)
-            if c.jepa_weight > 0:
-                jepa = self.jepa.prediction_loss(z_BTD, c.jepa_steps, c.detach_targets)
-                loss = loss + c.jepa_weight * jepa
+        if self.jepa is not None and z_BTD is not None:
+            if c.jepa_weight > 0 and jepa_scale is not None:
+                jepa = self.jepa.prediction_loss(z_BTD, c)
+                weighted["jepa"] = c.jepa_weight * jepa_scale * jepa
                 parts["jepa"] = jepa.detach()
             if sigreg_lambda is not None:
-                per_timestep = c.sigreg_mode == "timestep"
+                per_timestep, knots = c.sigreg_mode == "timestep", c.sigreg_knots
                 z = z_BTD if positions is None else z_BTD[:, positions]
                 z = z if per_timestep else z.reshape(-1, z.shape[-1])
-                sigreg = self.lm.kernels.sigreg(
-                    z, self.jepa.get_buffer("sigreg_A_DM"), knots=c.sigreg_knots, per_timestep=per_timestep
-                )
-                loss = loss + sigreg_lambda * sigreg
                 samples = z.shape[0] * (dist.get_world_size() if dist.is_initialized() else 1)
+                if c.sigreg_form == "covariance":
+                    sigreg = covariance_penalty(z if per_timestep else z[:, None])
+                    floor = (c.model_dim + 2) / samples
+                else:
+                    A_DM = self.jepa.get_buffer("sigreg_A_DM")
+                    sigreg = self.lm.kernels.sigreg(z, A_DM, knots=knots, per_timestep=per_timestep)
+                    floor = sigreg_floor(samples, knots=knots)
+                weighted["sigreg"] = sigreg_lambda * sigreg
                 parts["sigreg"] = sigreg.detach()
-                parts["sigreg_excess"] = sigreg.detach() - sigreg_floor(samples, knots=c.sigreg_knots)
+                parts["sigreg_excess"] = sigreg.detach() - floor
         if c.ce_weight > 0:
             rows, weight, bias = self.lm.head(h_BTD)
             total, ce, z = self.lm.kernels.softcap_xent(
                 rows, weight, bias, y_BT.reshape(-1), cap=c.logit_softcap, kind=self.lm.softcap_kind, z_weight=c.z_loss
             )
-            loss = loss + c.ce_weight * total
+            weighted["ce"] = c.ce_weight * total
             parts["ce"], parts["z_loss"] = ce, z
+        return weighted, parts
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch and its detached parts (nats): jepa, sigreg, sigreg_excess (over its floor), ce.
+
+        Args: as `objectives`. sigreg_lambda and jepa_scale are scalar tensors where they change between replays of one
+        graph, and None to leave SIGReg or latent prediction out.
+        """
+        weighted, parts = self.objectives(*inputs)
+        loss = sum(weighted.values(), start=torch.zeros((), device=inputs[0].device))
         parts["loss"] = loss.detach()
         return loss, parts
 
@@ -975,6 +1098,8 @@ def storage_spec(name: str, tensor: Tensor, config: Config) -> GridSpec:
     if name == "token_embed.weight":
         kinds = {"FP8": GridSpec("fp8_e4m3"), "INT8": GridSpec("int", bits=8), "BF16": GridSpec("bf16")}
         return kinds[config.fp_storage]
+    if name.endswith("dt_proj.weight"):  # a few rows that decide how long the model remembers
+        return GridSpec("int", bits=8)
     if tensor.ndim == 2 and tensor.numel() >= 4096 and name.endswith(".weight"):
         return GridSpec("int", bits=config.quant_bits, clip=clip)
     if name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "D"):  # a few hundred numbers that set the model's memory
@@ -1016,6 +1141,7 @@ class Masters:
                 self.spec[name] = storage_spec(name.removeprefix("lm."), master, config)
             if optimizer_group(name, parameter) != "scalar":
                 parameter.data = parameter.data.to(compute_dtype)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps whose gradient was not finite
         self.ema: dict[str, Tensor] = {}
         self.steps: dict[str, Tensor] = {}  # free steps that training snaps to: (R + C,) on the device, by name
         self.steps_nats = 0.0  # of the plan that they come from
@@ -1119,7 +1245,8 @@ def build_optimizers(model: TrainingModel, masters: Masters, config: Config) -> 
         momentum=c.muon_momentum,
         steps=c.muon_backend_steps,
         weight_decay=c.muon_wd,
-        normalize_rows=True,
+        normalize_rows=c.muon_normalize_rows,
+        polynomials=NEWTON_SCHULZ_POLYNOMIALS[c.muon_polynomial],
         newton_schulz=model.lm.kernels.newton_schulz,
     )
     adam = {
@@ -1192,11 +1319,15 @@ def join_ranks(choice: str, environ: Mapping[str, str]) -> Ranks:
     return Ranks(rank, world, device, tuning)
 
 
+class Preempted(SystemExit):
+    """The run ends with status 0: it was asked to, and the same command goes on from what it saved."""
+
+
 class Interruption:
-    """Remembers a SIGTERM (preemption) while it is entered, so that the step in flight can end first."""
+    """While it is entered, a SIGTERM (preemption) raises `Preempted`: at once, or behind a `deferred` block."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.patient = False
 
     def __enter__(self) -> Interruption:
         self.previous = signal.signal(signal.SIGTERM, self._ask)
@@ -1204,30 +1335,51 @@ class Interruption:
 
     def _ask(self, signum: int, frame: Any) -> None:
         self.asked = True
+        if not self.patient:
+            raise Preempted(0)
 
     def __exit__(self, *exception: object) -> None:
         signal.signal(signal.SIGTERM, self.previous)
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a SIGTERM is only remembered, so that the step in flight can end first."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+        if self.asked:
+            raise Preempted(0)
+
+
+def seconds_now(clock: str) -> float:
+    """wall: seconds that pass. cpu: those that this process, all its threads together, has had a processor for."""
+    return time.process_time() if clock == "cpu" else time.perf_counter()
+
 
 class Clock:
-    """Seconds that the model has been learning, agreed between ranks by the leader's reading once a step."""
+    """Seconds that the model has been learning, agreed between ranks by the leader's reading once a step.
 
-    def __init__(self, ranks: Ranks, elapsed_s: float, interruption: Interruption) -> None:
-        self.ranks, self.elapsed_s, self.interruption = ranks, elapsed_s, interruption
+    It is monotonic: setting the system's time does not move it. A SIGTERM to any rank reaches all with the reading.
+    """
+
+    def __init__(self, ranks: Ranks, kind: str, elapsed_s: float, interruption: Interruption) -> None:
+        self.ranks, self.kind, self.elapsed_s, self.interruption = ranks, kind, elapsed_s, interruption
         self.started_s: float | None = None
         self.last_step: torch.cuda.Event | None = None
         # A reading must not wait for the GPU: it travels over its own CPU group.
         self.group: Any = dist.new_group(backend="gloo") if ranks.world > 1 else None
 
     def start(self) -> None:
-        self.started_s = time.perf_counter()
+        self.started_s = seconds_now(self.kind)
 
     def _read(self) -> tuple[float, bool]:
-        now_s = self.elapsed_s + (time.perf_counter() - self.started_s if self.started_s is not None else 0.0)
+        now_s = self.elapsed_s + (seconds_now(self.kind) - self.started_s if self.started_s is not None else 0.0)
         if self.ranks.world == 1:
             return now_s, self.interruption.asked
-        reading = torch.tensor([now_s, float(self.interruption.asked)], dtype=torch.float64)
-        dist.broadcast(reading, src=0, group=self.group)
+        reading = torch.tensor([now_s if self.ranks.leads else 0.0, self.interruption.asked], dtype=torch.float64)
+        dist.all_reduce(reading, group=self.group)
         return float(reading[0]), bool(reading[1])
 
     def step_done(self) -> tuple[float, bool]:
@@ -1304,8 +1456,11 @@ def manifest_original_bytes(pattern: str, tokens: int) -> int | None:
     path = list_shards(pattern)[0].parent / "manifest.json"
     if not path.is_file():
         return None
-    split = json.loads(path.read_text(encoding="utf-8")).get("splits", {}).get("val", {})
-    return int(split["original_bytes"]) if split.get("tokens") == tokens and split.get("original_bytes") else None
+    try:
+        split = json.loads(path.read_text(encoding="utf-8")).get("splits", {}).get("val", {})
+        return int(split["original_bytes"]) if split.get("tokens") == tokens and split.get("original_bytes") else None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); make it again or delete it") from error
 
 
 @dataclass(frozen=True)
@@ -1350,9 +1505,11 @@ class Score:
     tokens_computed: int
     context: str
     seconds: float
+    nll_n: np.ndarray = field(repr=False)  # nats of each token, float64
 
     def summary(self) -> dict[str, Any]:
-        return asdict(self) | {"computed_per_token": self.tokens_computed / self.tokens}
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "nll_n"}
+        return told | {"computed_per_token": self.tokens_computed / self.tokens}
 
 
 def windows_of(mode: str, targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
@@ -1387,6 +1544,81 @@ def lanes_of(tokens: np.ndarray, lanes: int, bos_id: int | None) -> list[tuple[i
     return list(itertools.pairwise(edges))
 
 
+def tokens_to_compute(tokens: np.ndarray, config: Config, mode: str, bos_id: int | None, world: int) -> int:
+    """Tokens that all ranks together push through the model to score a stream: `ttt` learns from each one too."""
+    targets, length = len(tokens) - 1, config.eval_seq_len or config.train_seq_len
+    if mode == "carried":
+        cut = lanes_of(tokens, config.eval_lanes * world if config.document_reset else 1, bos_id)
+        total = 0
+        for rank in range(world):
+            left = sorted((end - start for start, end in cut[rank::world]), reverse=True)
+            while left:
+                total += min(length, left[0]) * len(left)
+                left = [n - length for n in left if n > length]
+        return total
+    if mode == "ttt":  # a backward pass costs two forward passes
+        return 4 * targets
+    return sum(end - start for start, end, _ in windows_of(mode, targets, length, config.sliding_eval_stride))
+
+
+def check_evaluation(mode: str, tokens: int, tokens_per_s: float, config: Config, hardware: str) -> None:
+    """Refuse a mode that would exceed eval_seconds. Raises ConfigError."""
+    if config.eval_seconds > 0 and tokens > config.eval_seconds * tokens_per_s:
+        raise ConfigError(
+            f"eval mode {mode} computes {tokens:,} tokens: {tokens / tokens_per_s:,.0f} s at {tokens_per_s:,.0f} "
+            f"tokens/s {hardware}, but eval_seconds is {config.eval_seconds:g}; use carried or --eval_seconds 0"
+        )
+
+
+class Pace:
+    """Projects how long a mode will take from how it goes, where no other hardware is declared.
+
+    On a CPU it goes by processor seconds over threads: what this machine needs if it does nothing else.
+    """
+
+    def __init__(self, mode: str, planned_tokens: int, config: Config, device: torch.device) -> None:
+        self.mode, self.planned_tokens, self.config = mode, planned_tokens, config
+        self.kind, self.shared_by = ("cpu", torch.get_num_threads()) if device.type == "cpu" else ("wall", 1)
+        self.started_s = seconds_now(self.kind)
+
+    def check(self, computed: int) -> None:
+        """Raises ConfigError if, after a twentieth of eval_seconds, the rest would not fit into the rest."""
+        seconds = (seconds_now(self.kind) - self.started_s) / self.shared_by
+        if self.config.eval_tokens_per_s == 0 and seconds > self.config.eval_seconds / 20:
+            check_evaluation(self.mode, self.planned_tokens, computed / seconds, self.config, "as measured here")
+
+
+def window_nll(
+    lm: LanguageModel,
+    ids_n: Tensor,
+    document_n: Tensor,
+    spans: Sequence[tuple[int, int]],
+    width: int,
+    state: StreamState | None,
+    temperature: float,
+    device: torch.device,
+) -> tuple[Tensor, StreamState]:
+    """Inputs [start, end) of each span, padded to `width`, through the model: nll (rows, width) and the state."""
+    x_BT, y_BT, document_BT = (torch.zeros(len(spans), width, dtype=d) for d in (torch.long, torch.long, torch.int32))
+    for row, (start, end) in enumerate(spans):
+        count = min(width, end - start)
+        x_BT[row, :count] = ids_n[start : start + count]
+        y_BT[row, :count] = ids_n[start + 1 : start + count + 1]
+        document_BT[row] = document_n[start + count - 1]
+        document_BT[row, :count] = document_n[start : start + count]
+    x_BT, y_BT, document_BT = (t.to(device) for t in (x_BT, y_BT, document_BT))
+    h_BTD, state = lm.encode(x_BT, document_BT, state)
+    return lm.nll(h_BTD, y_BT, temperature), state
+
+
+def stream_of(tokens: np.ndarray, bos_id: int | None) -> tuple[Tensor, Tensor]:
+    """Ids (n) int64 and the document that each lies in (n) int32."""
+    ids_n = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    if bos_id is None:
+        return ids_n, torch.zeros(len(ids_n), dtype=torch.int32)
+    return ids_n, (ids_n == bos_id).cumsum(0).int()
+
+
 @torch.inference_mode()
 def token_nll(
     lm: LanguageModel,
@@ -1400,6 +1632,7 @@ def token_nll(
     bos_id: int | None,
     temperature: float,
     ranks: Ranks,
+    pace: Pace | None = None,
 ) -> tuple[np.ndarray, int]:
     """Negative log-likelihood (nats) of tokens[1:], each exactly once, and the number of tokens computed for it.
 
@@ -1408,24 +1641,11 @@ def token_nll(
     """
     targets = len(tokens) - 1
     nll_n = torch.zeros(targets, dtype=torch.float64, device=ranks.device)
-    ids_n = torch.from_numpy(np.asarray(tokens).astype(np.int64))
-    document_n = (ids_n == bos_id).cumsum(0).int() if bos_id is not None else torch.zeros(len(ids_n), dtype=torch.int32)
+    ids_n, document_n = stream_of(tokens, bos_id)
     computed = 0
 
     def run(spans: list[tuple[int, int]], width: int, state: StreamState | None) -> tuple[Tensor, StreamState]:
-        """Inputs [start, end) of each span, padded to `width`, through the model: nll (rows, width) and the state."""
-        x_BT, y_BT, document_BT = (
-            torch.zeros(len(spans), width, dtype=d) for d in (torch.long, torch.long, torch.int32)
-        )
-        for row, (start, end) in enumerate(spans):
-            count = min(width, end - start)
-            x_BT[row, :count] = ids_n[start : start + count]
-            y_BT[row, :count] = ids_n[start + 1 : start + count + 1]
-            document_BT[row] = document_n[start + count - 1]
-            document_BT[row, :count] = document_n[start : start + count]
-        x_BT, y_BT, document_BT = (t.to(ranks.device) for t in (x_BT, y_BT, document_BT))
-        h_BTD, state = lm.encode(x_BT, document_BT, state)
-        return lm.nll(h_BTD, y_BT, temperature), state
+        return window_nll(lm, ids_n, document_n, spans, width, state, temperature, ranks.device)
 
     if mode == "carried":
         cut = lanes_of(tokens, lanes * ranks.world if lm.config.document_reset else 1, bos_id)
@@ -1443,6 +1663,8 @@ def token_nll(
             for row, (start, end) in enumerate(alive):
                 count = min(width, end - start)
                 nll_n[start : start + count] = nll_BT[row, :count].double()
+            if pace is not None:
+                pace.check(computed * ranks.world)
     else:
         by_width: dict[int, list[tuple[int, int, int]]] = {}
         for start, end, first in windows_of(mode, targets, length, stride)[ranks.rank :: ranks.world]:
@@ -1454,8 +1676,93 @@ def token_nll(
                 computed += nll_BT.numel()
                 for row, (start, end, first) in enumerate(batch):
                     nll_n[first:end] = nll_BT[row, first - start :].double()
+                if pace is not None:
+                    pace.check(computed * ranks.world)
     total = ranks.sum(torch.tensor([computed], dtype=torch.int64, device=ranks.device))
     return ranks.sum(nll_n).cpu().numpy(), int(total)
+
+
+def adapted_nll(
+    lm: LanguageModel,
+    tokens: np.ndarray,
+    config: Config,
+    *,
+    bos_id: int | None,
+    temperature: float,
+    ranks: Ranks,
+    pace: Pace | None = None,
+) -> tuple[np.ndarray, int]:
+    """Score-first test-time training: every chunk is scored with carried state, then learned from, in order.
+
+    Momentum descent (0.9, gradient norm at most 1) on float32 weights, one step a chunk, on all of its windows of the
+    training length at once. Every rank adapts weights of its own to its own documents; all are as before afterwards.
+
+    Returns: as `token_nll`; a token that is learned from counts as three more.
+    """
+    parameters, length = list(lm.parameters()), config.eval_seq_len or config.train_seq_len
+    before = [p.detach().clone() for p in parameters]
+    weights = [p.to(torch.float32, copy=True) for p in before]
+    momenta = [torch.zeros_like(w) for w in weights]
+    ids_n, document_n = stream_of(tokens, bos_id)
+    nll_n = torch.zeros(len(tokens) - 1, dtype=torch.float64, device=ranks.device)
+    parts, state, computed = lanes_of(tokens, ranks.world, bos_id), None, 0
+    first, last = parts[ranks.rank] if ranks.rank < len(parts) else (0, 0)
+    try:
+        for chunk in range(first, last, config.ttt_chunk_tokens):
+            stop = min(chunk + config.ttt_chunk_tokens, last)
+            with torch.inference_mode():
+                for start in range(chunk, stop, length):
+                    span = (start, min(start + length, stop))
+                    nll_BT, state = window_nll(
+                        lm, ids_n, document_n, [span], span[1] - start, state, temperature, ranks.device
+                    )
+                    nll_n[start : span[1]] = nll_BT[0].double()
+            with torch.enable_grad():
+                width = min(config.train_seq_len, stop - chunk)
+                count = (stop - chunk) // width * width
+                pieces = (ids_n[chunk:], ids_n[chunk + 1 :], document_n[chunk:])
+                x_BT, y_BT, ids_BT = (piece[:count].view(-1, width).to(ranks.device) for piece in pieces)
+                head, weight, bias = lm.head(lm.encode(x_BT, ids_BT)[0])
+                cap, kind = config.logit_softcap, lm.softcap_kind
+                y_N = y_BT.reshape(-1)
+                lm.kernels.softcap_xent(head, weight, bias, y_N, cap=cap, kind=kind, z_weight=0.0)[0].backward()
+            gradients = [torch.zeros_like(w) if p.grad is None else p.grad.float() for w, p in zip(weights, parameters)]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+            torch._foreach_mul_(momenta, 0.9)
+            torch._foreach_add_(momenta, torch._foreach_mul(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0)))
+            torch._foreach_add_(weights, momenta, alpha=-config.ttt_lr)
+            with torch.no_grad():
+                for parameter, learned in zip(parameters, weights, strict=True):
+                    parameter.copy_(learned)
+                    parameter.grad = None
+            computed += (stop - chunk) + 3 * count
+            if pace is not None:
+                pace.check(computed * ranks.world)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+    total = ranks.sum(torch.tensor([computed], dtype=torch.int64, device=ranks.device))
+    return ranks.sum(nll_n).cpu().numpy(), int(total)
+
+
+def gain_by_position(standard_n: np.ndarray, carried_n: np.ndarray, length: int) -> list[dict[str, Any]]:
+    """What carried state saves over windows side by side, by place in the window: one row a doubling of the place.
+
+    Args: nats of every token (n) by both modes; tokens of a window. Returns: first and last place, tokens, and their
+    mean bits a token by either mode and the difference.
+    """
+    place_n, rows, first = np.arange(len(standard_n)) % length, [], 0
+    while first < length:
+        last = min(max(2 * first - 1, first), length - 1)
+        here = (first <= place_n) & (place_n <= last)
+        if here.any():
+            bits = [float(nll_n[here].mean()) / math.log(2) for nll_n in (standard_n, carried_n)]
+            row = {"first": first, "last": last, "tokens": int(here.sum()), "standard_bits": bits[0]}
+            rows.append(row | {"carried_bits": bits[1], "gain_bits": bits[0] - bits[1]})
+        first = last + 1
+    return rows
 
 
 def score_tokens(
@@ -1464,23 +1771,32 @@ def score_tokens(
     """Bits per byte of validation text under the model as it stands.
 
     Bytes are those of the original text where they are known, else those that the tokens spell (the same thing for a
-    lossless tokenizer). Raises GolfError if a token has no probability.
+    lossless tokenizer). Raises GolfError if a token has no probability, ConfigError if it would take too long.
     """
-    started_s = time.perf_counter()
     tokens, original_bytes = validation.tokens, validation.original_bytes
-    length = config.eval_seq_len or config.train_seq_len
-    nll_n, computed = token_nll(
-        lm,
-        tokens,
-        mode=mode,
-        length=length,
-        stride=config.sliding_eval_stride,
-        batch_tokens=config.val_batch_size,
-        lanes=config.eval_lanes,
-        bos_id=validation.tokenizer.bos_id,
-        temperature=temperature,
-        ranks=ranks,
-    )
+    length, bos_id = config.eval_seq_len or config.train_seq_len, validation.tokenizer.bos_id
+    planned = tokens_to_compute(tokens, config, mode, bos_id, ranks.world)
+    if config.eval_tokens_per_s > 0:
+        check_evaluation(mode, planned, config.eval_tokens_per_s, config, "as declared by eval_tokens_per_s")
+    started_s, pace = time.perf_counter(), Pace(mode, planned, config, ranks.device)
+    if mode == "ttt":
+        nll_n, computed = adapted_nll(
+            lm, tokens, config, bos_id=bos_id, temperature=temperature, ranks=ranks, pace=pace
+        )
+    else:
+        nll_n, computed = token_nll(
+            lm,
+            tokens,
+            mode=mode,
+            length=length,
+            stride=config.sliding_eval_stride,
+            batch_tokens=config.val_batch_size,
+            lanes=config.eval_lanes,
+            bos_id=bos_id,
+            temperature=temperature,
+            ranks=ranks,
+            pace=pace,
+        )
     decoded_bytes = int(token_bytes(validation.table, tokens[:-1], tokens[1:]).sum())
     scored_bytes = decoded_bytes if original_bytes is None else original_bytes
     total_nats = float(nll_n.sum())
@@ -1492,6 +1808,7 @@ def score_tokens(
         "standard": f"each token sees up to {length - 1} before it, from the start of its window",
         "sliding": f"each token sees {length - config.sliding_eval_stride} to {length - 1} before it",
         "carried": "each token sees all before it through the carried state",
+        "ttt": "each token sees all before it through the carried state; weights learn from a chunk once it is scored",
     }
     isolated = "; documents are isolated" if lm.config.document_reset else ""
     return Score(
@@ -1506,6 +1823,7 @@ def score_tokens(
         tokens_computed=computed,
         context=contexts[mode] + isolated,
         seconds=time.perf_counter() - started_s,
+        nll_n=nll_n,
     )
 
 
@@ -1616,12 +1934,34 @@ def layer_statistics(
     return found
 
 
+def latent_sums(jepa: JepaHead, z_BTD: Tensor, stride: int) -> dict[str, float]:
+    """Means over one batch of latents: cosine and squared error of the one-step prediction, of copying, variances."""
+    guess_BTD, z_BTD = jepa.predict(z_BTD[:, :-stride]).float(), z_BTD.float()
+    target_BTD = z_BTD[:, stride:]
+    return {
+        "cosine": float(F.cosine_similarity(guess_BTD, target_BTD, dim=-1).mean()),
+        "mse": float((guess_BTD - target_BTD).square().mean()),
+        "copy": float((z_BTD[:, :-stride] - target_BTD).square().mean()),
+        "within": float(z_BTD.var(dim=1, unbiased=False).mean()),
+        "variance": float(z_BTD.square().mean()),
+    }
+
+
+def latent_shares(sums: Mapping[str, float]) -> dict[str, float]:
+    return {
+        "jepa_cosine": sums["cosine"],
+        "jepa_mse": sums["mse"],
+        "jepa_r2_over_copy": 1.0 - sums["mse"] / max(sums["copy"], 1e-12),
+        "z_temporal_variance": sums["within"] / max(sums["variance"], 1e-12),
+    }
+
+
 def jepa_diagnostics(
     model: TrainingModel, validation: Validation, config: Config, device: torch.device
 ) -> dict[str, float]:
     """What the latent space has learned, on validation windows (nothing measured here reaches the artifact).
 
-    cosine and r2_over_copy compare the one-step prediction with z_{t+1} (r2_over_copy = 1 - MSE(prediction) /
+    cosine and r2_over_copy compare the one-step prediction with its target (r2_over_copy = 1 - MSE(prediction) /
     MSE(copying z_t); 0 means no better than copying); temporal_variance is the share of z's variance that lies along
     time within a window (0: z is constant in time); top-k accuracies are the language model's; probe_bpb is a linear
     probe on frozen h, trained on the first 80% of the windows and scored in true bits per byte on the rest.
@@ -1641,16 +1981,11 @@ def jepa_diagnostics(
     hidden = []
     with torch.no_grad():
         for i in range(rows):
-            h_BTD, _ = model.lm.encode(x_BT[i : i + 1], documents_BT[i : i + 1])
+            h_BTD, z_BTD = model.latents(x_BT[i : i + 1], documents_BT[i : i + 1])
             hidden.append(h_BTD[0].float())
-            if model.jepa is not None:
-                z_TD = model.jepa.projector(h_BTD)[0].float()
-                guess_TD = model.jepa.predict(model.jepa.projector(h_BTD)[:, :-1])[0].float()
-                sums["cosine"] += float(F.cosine_similarity(guess_TD, z_TD[1:], dim=-1).mean()) / rows
-                sums["mse"] += float((guess_TD - z_TD[1:]).square().mean()) / rows
-                sums["copy"] += float((z_TD[:-1] - z_TD[1:]).square().mean()) / rows
-                sums["within"] += float(z_TD.var(dim=0, unbiased=False).mean()) / rows
-                sums["variance"] += float(z_TD.square().mean()) / rows
+            if model.jepa is not None and z_BTD is not None:
+                for name, value in latent_sums(model.jepa, z_BTD, config.jepa_stride).items():
+                    sums[name] += value / rows
             head_rows, weight, bias = model.lm.head(h_BTD)
             logits_TV = F.linear(head_rows, weight).float() + (0 if bias is None else bias)
             best_TK = logits_TV.topk(10, dim=-1).indices == y_BT[i][:, None]
@@ -1658,10 +1993,7 @@ def jepa_diagnostics(
                 sums[f"top{k}"] += float(best_TK[:, :k].any(dim=1).float().mean()) / rows
     out = {f"lm_top{k}": sums[f"top{k}"] for k in (1, 5, 10)}
     if model.jepa is not None:
-        out["jepa_cosine"] = sums["cosine"]
-        out["jepa_mse"] = sums["mse"]
-        out["jepa_r2_over_copy"] = 1.0 - sums["mse"] / max(sums["copy"], 1e-12)
-        out["z_temporal_variance"] = sums["within"] / max(sums["variance"], 1e-12)
+        out |= latent_shares(sums)
     split = max(1, int(0.8 * rows))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
@@ -1727,12 +2059,18 @@ def versions_and_hardware(device: torch.device) -> dict[str, Any]:
 class RunFolder:
     """`runs/RUN_ID`: config.json, log.jsonl, train.log, checkpoints/, model.artifact, summary.json. Leader writes."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, log_json: bool = False) -> None:
         self.path = Path(config.runs_dir) / config.run_id
+        self.console = TrainingConsole(ranks.leads, log_json)
         self.checkpoints = self.path / "checkpoints"
         self.artifact = self.path / "model.artifact"
         self.summary = self.path / "summary.json"
         self.config, self.ranks = config, ranks
+        # Where the checkpoint stands that the run goes on from: what log.jsonl held, the last step that was validated.
+        self.logged_bytes = self.validated_step = 0
+
+    def checkpoint_of(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}.safetensors"
 
     def open(self, command: Command) -> None:
         """Create or reopen. Raises ConfigError for a finished run, CheckpointError for another configuration."""
@@ -1742,16 +2080,31 @@ class RunFolder:
                 if self.summary.exists():
                     raise ConfigError(f"{self.path} is finished; use another --run_id or --overwrite")
                 if record.exists():
-                    self._check_same(json.loads(record.read_text(encoding="utf-8"))["config"])
+                    self._check_same(self._recorded_config(record))
             except GolfError:
                 if not command.overwrite:
                     raise
                 shutil.rmtree(self.path)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            with storing(self.path):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                remove_temporaries(self.path)
+                remove_temporaries(self.checkpoints)
             write_atomically(
                 record, json.dumps({"preset": command.preset, "config": asdict(self.config)}, indent=1).encode()
             )
         self.ranks.barrier()
+
+    def _recorded_config(self, record: Path) -> dict[str, Any]:
+        try:
+            config = json.loads(record.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{record} is damaged ({type(error).__name__}: {error}); expected what this program wrote: delete that "
+                "file to go on from the newest checkpoint, which knows its configuration, or use --overwrite"
+            ) from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{record}: config is {config!r}, expected an object; delete that file to go on")
+        return config
 
     def _check_same(self, before: dict[str, Any]) -> None:
         now = asdict(self.config)
@@ -1763,18 +2116,12 @@ class RunFolder:
             )
 
     def begin_logs(self, step: int, device: torch.device, kernels: Kernels) -> None:
-        """Open train.log with the sources that run; drop log lines of steps that a resumed run will repeat."""
+        """Open train.log with the sources that run; drop what was logged behind the checkpoint: it is done again."""
         if not self.ranks.leads:
             return
         log = self.path / "log.jsonl"
-        kept = []
-        if log.exists() and step > 0:
-            for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-                if (
-                    line.endswith("\n") and json.loads(line).get("step", 0) <= step
-                ):  # a killed run may leave half a line
-                    kept.append(line)
-        write_atomically(log, "".join(kept).encode())
+        kept = log.read_bytes()[: self.logged_bytes] if log.exists() else b""
+        write_atomically(log, kept[: kept.rfind(b"\n") + 1])
         if step == 0:
             write_atomically(self.path / "train.log", b"")
             sources = our_sources()
@@ -1785,17 +2132,54 @@ class RunFolder:
         self.text(f"kernels: {kernels.name} ({kernels.reason}); device {device}; ranks {self.ranks.world}")
         self.text(self.ranks.tuning, console=False)
 
+    def sync_log(self) -> int:
+        """Put log.jsonl on disk; its bytes."""
+        log = self.path / "log.jsonl"
+        if not log.exists():
+            return 0
+        with storing(log), open(log, "rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
     def text(self, line: str, console: bool = True) -> None:
         if self.ranks.leads:
             if console:
-                print(line, flush=True)
-            with open(self.path / "train.log", "a", encoding="utf-8") as file:
+                self.console.say(line)
+            log = self.path / "train.log"
+            with storing(log), open(log, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def event(self, **values: Any) -> None:
         if self.ranks.leads:
-            with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            log = self.path / "log.jsonl"
+            with storing(log), open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+            self.console.entry(values)
+
+
+def checkpoint_digest(state: str, tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of a checkpoint: its header's text, and name, type, shape and bytes of every tensor (on the CPU)."""
+    digest = hashlib.blake2b(state.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a checkpoint. Raises CheckpointError if it is not, bit for bit, what was saved."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if checkpoint_digest(metadata["state"], tensors) != metadata["blake2b"]:
+            raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not fit its checksum")
+        return json.loads(metadata["state"]), tensors
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def save_checkpoint(
@@ -1806,9 +2190,11 @@ def save_checkpoint(
     elapsed_s: float,
     loader_state: dict[str, Any],
 ) -> None:
-    """Write checkpoints/step_N.safetensors atomically and keep the newest `checkpoint_keep`. Leader only.
+    """Write checkpoints/step_N.safetensors, read it back, and keep the newest `checkpoint_keep`. Leader only.
 
-    Plain tensors and JSON; nothing is pickled. No generator state: every random draw is a function of (seed, step).
+    Plain tensors and JSON under a checksum; nothing is pickled. No generator state: every random draw is a function of
+    (seed, step). A file has its final name once it is whole, on disk and verified; older ones go after that. Raises
+    StorageError; older checkpoints are then as they were.
     """
     tensors = {f"master/{name}": p.detach() for name, p in masters.master.items()}
     tensors |= {f"ema/{name}": t for name, t in masters.ema.items()}
@@ -1818,18 +2204,33 @@ def save_checkpoint(
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 tensors[f"{kind}/{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
-    from safetensors.torch import save_file  # not on top: a bench of steps needs no file format
+    from safetensors import SafetensorError  # not on top: a bench of steps needs no file format
+    from safetensors.torch import save_file
 
     header = {"step": step, "elapsed_s": elapsed_s, "loader": loader_state, "config": asdict(folder.config)}
-    header["steps_nats"] = masters.steps_nats
-    path = folder.checkpoints / f"step_{step:08d}.safetensors"
+    header |= {"steps_nats": masters.steps_nats, "skipped": int(masters.skipped)}
+    header |= {"logged_bytes": folder.sync_log(), "validated_step": folder.validated_step}
+    state, tensors = json.dumps(header), {k: t.cpu().contiguous() for k, t in tensors.items()}
+    metadata = {"state": state, "blake2b": checkpoint_digest(state, tensors)}
+    path = folder.checkpoint_of(step)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata={"state": json.dumps(header)})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    for old in sorted(folder.checkpoints.glob("step_*.safetensors"))[: -max(folder.config.checkpoint_keep, 1)]:
-        old.unlink()
+    with storing(path):
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            read_checkpoint(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except (SafetensorError, CheckpointError) as error:
+            raise StorageError(
+                f"{path}: not saved ({error}); free space or use another disk. Older checkpoints are as they were: the "
+                "same command goes on from the newest"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        for old in sorted(folder.checkpoints.glob("step_*.safetensors"))[: -max(folder.config.checkpoint_keep, 1)]:
+            old.unlink()
 
 
 def load_checkpoint(
@@ -1843,36 +2244,42 @@ def load_checkpoint(
     found = sorted(folder.checkpoints.glob("step_*.safetensors"), reverse=True)
     if not found:
         return 0, 0.0, None
-    from safetensors import SafetensorError, safe_open
-
     for path in found:
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["state"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            folder.text(f"checkpoint {path} is damaged ({error}); trying the one before it")
+            header, tensors = read_checkpoint(path)
+        except CheckpointError as error:
+            folder.text(f"{error}; trying the one before it")
             continue
-        folder._check_same(header["config"])
-        with torch.no_grad():
-            for name, master in masters.master.items():
-                master.copy_(tensors[f"master/{name}"])
-                if f"ema/{name}" in tensors:
-                    masters.ema[name] = tensors[f"ema/{name}"].to(master.device)
-        steps = {key.removeprefix("steps/lm."): t for key, t in tensors.items() if key.startswith("steps/")}
-        masters.train_on(steps, header["steps_nats"])
-        for kind, optimizer in optimizers.items():
-            state_dict = optimizer.state_dict()
-            order = [p for group in optimizer.param_groups for p in group["params"]]
-            names = {id(p): name for name, p in masters.master.items()}
-            state_dict["state"] = {}
-            for i, parameter in enumerate(order):
-                prefix = f"{kind}/{names[id(parameter)]}/"
-                state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-                if state:
-                    state_dict["state"][i] = state
-            optimizer.load_state_dict(state_dict)
-        return header["step"], header["elapsed_s"], header["loader"]
+        try:
+            folder._check_same(header["config"])
+            with torch.no_grad():
+                for name, master in masters.master.items():
+                    master.copy_(tensors[f"master/{name}"])
+                    if f"ema/{name}" in tensors:
+                        masters.ema[name] = tensors[f"ema/{name}"].to(master.device)
+            steps = {key.removeprefix("steps/lm."): t for key, t in tensors.items() if key.startswith("steps/")}
+            masters.train_on(steps, header["steps_nats"])
+            masters.skipped.fill_(header["skipped"])
+            folder.logged_bytes, folder.validated_step = int(header["logged_bytes"]), int(header["validated_step"])
+            for kind, optimizer in optimizers.items():
+                state_dict = optimizer.state_dict()
+                order = [p for group in optimizer.param_groups for p in group["params"]]
+                names = {id(p): name for name, p in masters.master.items()}
+                state_dict["state"] = {}
+                for i, parameter in enumerate(order):
+                    prefix = f"{kind}/{names[id(parameter)]}/"
+                    state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+                    if any(t.shape not in ((), parameter.shape) for t in state.values()):
+                        raise ValueError(f"{prefix} has another shape than its parameter")
+                    if state:
+                        state_dict["state"][i] = state
+                optimizer.load_state_dict(state_dict)
+            return int(header["step"]), float(header["elapsed_s"]), header["loader"]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this model ({type(error).__name__}: {error}); delete it, or start "
+                "over with --overwrite"
+            ) from error
     raise CheckpointError(
         f"{folder.checkpoints}: all {len(found)} checkpoints are damaged; delete them to start over"
     )
@@ -1964,14 +2371,22 @@ def score_artifact(command: Command, artifact: str | Path, pattern: str, ranks: 
     started_s = time.perf_counter()
     given = command.config
     lm, config, meta = load_model(artifact, given.kernels, ranks)
-    scoring = ("eval_modes", "eval_seq_len", "sliding_eval_stride", "eval_lanes", "val_batch_size", "tokenizer_path")
-    config = replace(config, **{name: getattr(given, name) for name in scoring if name in command.given})
+    always = ("eval_seconds", "eval_tokens_per_s")
+    scoring = (*SCORING_FIELDS, "eval_lanes", "val_batch_size", "tokenizer_path")
+    chosen = [*always, *(name for name in scoring if name in command.given)]
+    config = replace(config, **{name: getattr(given, name) for name in chosen})
+    check_config(config)
     tokenizer = matching_tokenizer(config, meta, str(list_shards(pattern)[0].parent), artifact)
     validation = open_validation(pattern, tokenizer, config.vocab_size)
     scores = {
-        mode: score_tokens(lm, validation, config, mode=mode, temperature=meta["temperature"], ranks=ranks).summary()
+        mode: score_tokens(lm, validation, config, mode=mode, temperature=meta["temperature"], ranks=ranks)
         for mode in config.modes()
     }
+    gain = {}
+    if {"standard", "carried"} <= scores.keys():
+        length = config.eval_seq_len or config.train_seq_len
+        gain["carried_gain"] = gain_by_position(scores["standard"].nll_n, scores["carried"].nll_n, length)
+    scores = {mode: score.summary() for mode, score in scores.items()}
     head = scores[config.modes()[0]]
     digest = hashlib.sha256()
     for shard in list_shards(pattern):
@@ -1993,6 +2408,7 @@ def score_artifact(command: Command, artifact: str | Path, pattern: str, ranks: 
         "val_sha256": digest.hexdigest(),
         "eval_s": time.perf_counter() - started_s,
         "scores": scores,
+        **gain,
     }
 
 
@@ -2028,6 +2444,8 @@ def referee_hook(artifact: str) -> dict[str, Any]:
 
     def nll(tokens: np.ndarray, mode: str) -> np.ndarray:
         """Nats of tokens[1:], float64 (n - 1)."""
+        if mode == "ttt":
+            return adapted_nll(lm, tokens, config, bos_id=bos_id, temperature=meta["temperature"], ranks=ranks)[0]
         return token_nll(
             lm,
             tokens,
@@ -2048,7 +2466,7 @@ def referee_hook(artifact: str) -> dict[str, Any]:
         "bos_id": bos_id,
         "isolates_documents": config.document_reset,
         "window": length,
-        "learns_while_scoring": False,
+        "learns_while_scoring": "ttt" in config.modes(),
     }
 
 
@@ -2089,8 +2507,21 @@ def on_grid_at(at: Progress, config: Config) -> bool:
     return config.qat_fraction > 0 and at.fraction(config) >= 1.0 - config.qat_fraction
 
 
+def jepa_scale_at(at: Progress, config: Config) -> float:
+    return max(1.0 - at.fraction(config) / config.jepa_until, 0.0) if config.jepa_until > 0 else 1.0
+
+
 def sigreg_lambda_at(at: Progress, config: Config) -> float:
-    return config.sigreg_lambda * (min(at.fraction(config) / 0.3, 1.0) if config.sigreg_schedule else 1.0)
+    ramp = min(at.fraction(config) / 0.3, 1.0) if config.sigreg_schedule else 1.0
+    return config.sigreg_lambda * ramp * jepa_scale_at(at, config)
+
+
+def seq_len_at(at: Progress, config: Config) -> int:
+    """Tokens of a window: seq_len_start, doubled at equal shares of the time before seq_len_full_at."""
+    if config.seq_len_start == 0 or at.fraction(config) >= config.seq_len_full_at:
+        return config.train_seq_len
+    doublings = (config.train_seq_len // config.seq_len_start).bit_length() - 1
+    return config.seq_len_start << int(at.fraction(config) / config.seq_len_full_at * doublings)
 
 
 class StepPlan(NamedTuple):
@@ -2099,6 +2530,7 @@ class StepPlan(NamedTuple):
     on_grid: bool  # the compute weights for the next step lie on their grids
     averaging: bool  # the moving average takes part
     sigreg: bool
+    jepa: bool
 
 
 class CapturedStep:
@@ -2153,6 +2585,7 @@ class Trainer:
         self.loss = torch.compile(self.model) if config.compile_model else self.model
         self.captured = CapturedStep(self.update) if config.cuda_graphs else None
         self.current: Mapping[str, float | Tensor] = self.numbers(Progress(0, 0.0))
+        self.skipped_batch: tuple[Tensor, Tensor, Tensor] | None = None  # step, x and y of the last one skipped
         # A graph reads the numbers that change from step to step out of the device's memory.
         self.rates = {name: torch.zeros((), device=ranks.device) for name in self.current}
 
@@ -2161,7 +2594,8 @@ class Trainer:
         scale = learning_rate_scale(at, self.config)
         rates = {f"lr/{kind}": lr * scale for kind, lr in self.base_lr.items()}
         momentum = momentum_at(at.step, self.config)
-        return rates | {"momentum": momentum, "sigreg_lambda": sigreg_lambda_at(at, self.config)}
+        latent = {"sigreg_lambda": sigreg_lambda_at(at, self.config), "jepa_scale": jepa_scale_at(at, self.config)}
+        return rates | {"momentum": momentum, "step": at.step} | latent
 
     def step_plan(self, at: Progress) -> StepPlan:
         c, after = self.config, at._replace(step=at.step + 1)
@@ -2169,6 +2603,7 @@ class Trainer:
             on_grid=on_grid_at(after, c),
             averaging=c.ema_decay > 0 and after.fraction(c) >= c.ema_start_fraction,
             sigreg=sigreg_lambda_at(at, c) > 0,
+            jepa=jepa_scale_at(at, c) > 0,
         )
 
     def gradients(
@@ -2178,14 +2613,15 @@ class Trainer:
         c = self.config
         self.masters.flat_gradient.zero_()
         rows = x_BT.shape[0]
-        micro = max(1, min(rows, c.micro_batch_tokens // c.train_seq_len))
+        micro = max(1, min(rows, c.micro_batch_tokens // x_BT.shape[1]))
         weight = self.current["sigreg_lambda"] if plan.sigreg else None
+        scale = self.current["jepa_scale"] if plan.jepa else None
         totals: dict[str, Tensor] = {}
         for i in range(0, rows, micro):
             own = slice(i, i + micro)
             x, y = x_BT[own], y_BT[own]
             documents = None if document_ids_BT is None else document_ids_BT[own]
-            loss, parts = self.loss(x, y, documents, weight, positions)
+            loss, parts = self.loss(x, y, documents, weight, positions, scale)
             loss.backward()
             share = x.shape[0] / rows
             self.masters.accumulate_gradients(share / self.ranks.world)
@@ -2203,6 +2639,7 @@ class Trainer:
         norm = torch.linalg.vector_norm(self.masters.flat_gradient)
         if c.grad_clip_norm > 0:
             self.masters.flat_gradient.mul_(torch.clamp(c.grad_clip_norm / (norm + 1e-6), max=1.0))
+        self.skip_unless(torch.isfinite(norm), x_BT, y_BT)
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.current[f"lr/{kind}"]
@@ -2214,16 +2651,33 @@ class Trainer:
         self.masters.publish(plan.on_grid)
         return losses | {"grad_norm": norm}
 
+    def skip_unless(self, finite: Tensor, x_BT: Tensor, y_BT: Tensor) -> None:
+        """A gradient that is not finite (on any rank) counts as zero; the step is counted and its batch kept.
+
+        Momentum and decay go on, as for any gradient of zero. All on the device: nobody waits to learn of it.
+        """
+        bad = ~finite
+        self.masters.flat_gradient.masked_fill_(bad, 0.0)
+        self.masters.skipped += bad
+        step = self.current["step"]
+        step = step if isinstance(step, Tensor) else torch.full((), step, device=bad.device)
+        if self.skipped_batch is None:
+            self.skipped_batch = (torch.zeros_like(step), torch.zeros_like(x_BT), torch.zeros_like(y_BT))
+        for kept, new in zip(self.skipped_batch, (step, x_BT, y_BT), strict=True):
+            kept.copy_(torch.where(bad, new, kept))
+
     def step(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
         """One optimizer step. Returns this rank's detached losses, and the gradient norm before clipping.
 
         They are tensors of the device, valid until the next step: reading one waits for the device.
         """
-        c, numbers = self.config, self.numbers(at)
-        positions = self.model.sigreg_positions(at.step, c.train_seq_len)
+        c, numbers, length = self.config, self.numbers(at), seq_len_at(at, self.config)
+        positions = self.model.sigreg_positions(at.step, length)
         if positions is not None and self.ranks.device.type == "cuda":
             positions = positions.pin_memory().to(self.ranks.device, non_blocking=True)
-        inputs = (batch.x_BT, batch.y_BT, batch.document_ids_BT if c.document_reset else None, positions)
+        # Shorter windows are pieces of the loader's; document ids stay what they are.
+        x_BT, y_BT, ids_BT = (t.view(-1, length) for t in (batch.x_BT, batch.y_BT, batch.document_ids_BT))
+        inputs = (x_BT, y_BT, ids_BT if c.document_reset else None, positions)
         if self.captured is None:
             self.current = numbers
             return self.update(self.step_plan(at), *inputs)
@@ -2232,12 +2686,38 @@ class Trainer:
             self.rates[name].fill_(value)
         return self.captured(self.step_plan(at), inputs)
 
+    def measure_latents(self, batch: StepBatch, at: Progress) -> dict[str, float]:
+        """Of one micro-batch: norm of each latent objective's gradient over cross-entropy's, and the state of z.
+
+        Norms are over the weights that ship. Learns nothing: gradients are taken apart from the masters'.
+        """
+        c, model = self.config, self.model
+        rows = max(1, min(len(batch.x_BT), c.micro_batch_tokens // c.train_seq_len))
+        ids_BT = batch.document_ids_BT[:rows] if c.document_reset else None
+        x_BT, y_BT = batch.x_BT[:rows], batch.y_BT[:rows]
+        positions = model.sigreg_positions(at.step, c.train_seq_len)
+        positions = None if positions is None else positions.to(self.ranks.device)
+        weight = sigreg_lambda_at(at, c) or None
+        weighted, parts = model.objectives(x_BT, y_BT, ids_BT, weight, positions, jepa_scale_at(at, c) or None)
+        shipped, norms = list(model.lm.parameters()), {}
+        for name, objective in weighted.items():
+            found = torch.autograd.grad(objective, shipped, retain_graph=True, allow_unused=True)
+            norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
+        out = {f"{name}_gradient_over_ce": norm / norms["ce"] for name, norm in norms.items() if "ce" in norms}
+        out.pop("ce_gradient_over_ce", None)
+        with torch.no_grad():
+            z_BTD = model.latents(x_BT, ids_BT)[1]
+            if model.jepa is not None and z_BTD is not None:
+                out |= latent_shares(latent_sums(model.jepa, z_BTD, c.jepa_stride))
+        return out | {"sigreg_excess": float(parts["sigreg_excess"])} if "sigreg_excess" in parts else out
+
     @contextlib.contextmanager
     def rehearsal(self, at: Progress) -> Iterator[None]:
         """Whatever happens inside leaves weights, optimizers and averages as they were, bit for bit."""
         weights = {name: p.detach().clone() for name, p in self.masters.master.items()}
         averages = {name: t.clone() for name, t in self.masters.ema.items()}
         states = {kind: copy.deepcopy(o.state_dict()) for kind, o in self.optimizers.items()}
+        skipped = self.masters.skipped.clone()
         try:
             yield
         finally:
@@ -2245,6 +2725,7 @@ class Trainer:
                 for name, parameter in self.masters.master.items():
                     parameter.copy_(weights[name])
             self.masters.ema = averages
+            self.masters.skipped.copy_(skipped)
             for kind, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(states[kind])
             if self.captured is not None:
@@ -2259,9 +2740,9 @@ class Trainer:
         with self.rehearsal(at):
             for _ in range(self.config.warmup_steps):
                 self.step(prefetcher.next(), at)
-            started_s = time.perf_counter()
+            started_s = seconds_now(self.config.clock)
             last(prefetcher)
-            last_s = time.perf_counter() - started_s
+            last_s = seconds_now(self.config.clock) - started_s
         prefetcher.close()
         return last_s
 
@@ -2306,38 +2787,25 @@ class Trainer:
         )
 
 
-class Console:
-    """Live progress on a terminal; elsewhere one line per log event (printed by the caller)."""
-
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.config, self.bar, self.task = config, None, None
-        if ranks.leads and sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as LiveProgress
-
-            columns = (
-                TextColumn("[bold]train"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f}%"),
-                TextColumn("{task.description}"),
-            )
-            self.bar = LiveProgress(*columns, transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("first step", total=1.0)
-
-    def update(self, at: Progress, line: str) -> None:
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=at.fraction(self.config), description=line)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def eta_text(at: Progress, config: Config) -> str:
+def seconds_left(at: Progress, config: Config) -> float:
     done = at.fraction(config)
-    left_s = at.elapsed_s * (1 - done) / done if done > 0 else 0.0
-    return f"{int(left_s) // 60}:{int(left_s) % 60:02d}"
+    return at.elapsed_s * (1 - done) / done if done > 0 else 0.0
+
+
+def held_memory_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
+
+
+def read_clock(run: str) -> list[Progress]:
+    """Where another run stood before each of its steps and after the last, by its log. Raises ConfigError."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"clock_from: {path} does not exist; give the folder of a run that the clock limited")
+    events = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    readings = {e["step"]: e for e in events if e["event"] == "clock"}
+    if len(readings) < 2 or sorted(readings) != list(range(len(readings))):
+        raise ConfigError(f"clock_from: {path} has no clock readings; max_wallclock_seconds did not limit that run")
+    return [Progress(step, readings[step]["elapsed_s"], readings[step]["reserved_s"]) for step in sorted(readings)]
 
 
 class Run:
@@ -2353,10 +2821,16 @@ class Run:
         self.train_shards = list_shards(str(Path(config.data_path) / "*_train_*.bin"))
         self.val_pattern = command.val or str(Path(config.data_path) / "*_val_*.bin")
         self.validation = open_validation(self.val_pattern, self.tokenizer, config.vocab_size)
+        if config.eval_tokens_per_s > 0:  # before anything is trained
+            for mode in config.modes():
+                computed = tokens_to_compute(self.validation.tokens, config, mode, self.tokenizer.bos_id, ranks.world)
+                declared = "as declared by eval_tokens_per_s"
+                check_evaluation(mode, computed, config.eval_tokens_per_s, config, declared)
+        self.readings = read_clock(config.clock_from) if config.clock_from else []
         self.batch_rows = config.train_batch_tokens // config.train_seq_len
         if self.batch_rows % ranks.world:
             raise ConfigError(f"train_batch_tokens is {self.batch_rows} windows, not a multiple of {ranks.world} ranks")
-        self.folder = RunFolder(config, ranks)
+        self.folder = RunFolder(config, ranks, command.log_json)
         self.folder.open(command)
         self.trainer = Trainer(config, self.kernels, ranks)
         loader = self.new_loader()
@@ -2386,26 +2860,36 @@ class Run:
             vocab_size=self.config.vocab_size,
         )
 
-    def drive(self) -> tuple[float, float]:
+    def drive(self, interruption: Interruption) -> tuple[float, float]:
         """Train until the steps or the seconds are used up: (softmax temperature, seconds of learning)."""
-        config = self.config
+        with self.folder.console.live("train"):
+            return self.drive_steps(interruption)
+
+    def drive_steps(self, interruption: Interruption) -> tuple[float, float]:
+        config, console = self.config, self.folder.console
+        triton = self.kernels.name == "triton"
+        compiled = (("torch.compile", config.compile_model), ("Triton", triton), ("CUDA graph", config.cuda_graphs))
+        first = ", ".join(name for name, on in compiled if on)
+        console.waiting(f"first step: compiling ({first}), minutes where nothing is cached" if first else "first step")
+        began_s = time.perf_counter()
         last_s = self.trainer.rehearse(self.new_loader(), self.at, self.rehearse_last)
         self.at = self.at._replace(reserved_s=self.ranks.from_leader(1.25 * last_s))
-        prefetcher, console = Prefetcher(self.loader, self.ranks.device), Console(config, self.ranks)
+        prefetcher, first_step = Prefetcher(self.loader, self.ranks.device), self.at.step + 1
         last_step_s, logged = 0.0, self.at
-        with Interruption() as interruption, contextlib.closing(prefetcher), contextlib.closing(console):
-            clock = Clock(self.ranks, self.at.elapsed_s, interruption)
+        with interruption.deferred(), contextlib.closing(prefetcher):
+            clock = Clock(self.ranks, config.clock, self.at.elapsed_s, interruption)
+            if self.validation_due():
+                self.validate()
             clock.start()
             while self.at.step < config.iterations:
-                if 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + self.at.reserved_s:
+                if self.readings:
+                    self.at = self.readings[self.at.step]
+                    if self.at.step == len(self.readings) - 1:
+                        break
+                elif 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + self.at.reserved_s:
                     break
-                batch = prefetcher.next()
-                losses = self.trainer.step(batch, self.at)
-                self.loader_state = batch.loader_state
-                elapsed_s, interrupted = clock.step_done()
-                last_step_s = elapsed_s - self.at.elapsed_s
-                self.at = self.at._replace(step=self.at.step + 1, elapsed_s=elapsed_s)
-                step = self.at.step
+                if config.max_wallclock_seconds > 0:
+                    self.folder.event(event="clock", **self.at._asdict())
                 if self.free_training_begins():
                     plan = self.choose_steps(prefetcher)
                     steps = {n: torch.from_numpy(plan.tensors[n].scales) for n in plan.expected_nats}
@@ -2413,23 +2897,37 @@ class Run:
                     self.trainer.masters.publish(on_grid_at(self.at, config))
                     if self.trainer.captured is not None:
                         self.trainer.captured.forget()
+                batch = prefetcher.next()
+                losses = self.trainer.step(batch, self.at)
+                self.loader_state = batch.loader_state
+                elapsed_s, interrupted = clock.step_done()
+                last_step_s = elapsed_s - self.at.elapsed_s
+                step = self.at.step + 1
+                self.at = self.readings[step] if self.readings else self.at._replace(step=step, elapsed_s=elapsed_s)
+                if step == first_step:
+                    self.folder.text(f"first step done after {time.perf_counter() - began_s:.1f} s, warmup included")
                 if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
-                    self.log(losses, batch, logged, console)
+                    self.log(losses, batch, logged)
                     logged = self.at
                 saving = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
-                validating = (
-                    config.val_loss_every > 0 and step % config.val_loss_every == 0 and step < config.iterations
-                )
-                if saving or validating or interrupted:  # none of these teaches the model
-                    self.at = self.at._replace(elapsed_s=clock.stop())
+                validating = self.validation_due() and not interrupted  # the run that goes on does it then
+                measuring = config.latent_log_every > 0 and step % config.latent_log_every == 0 and config.jepa_on
+                if saving or validating or measuring or interrupted:  # none of these teaches the model
+                    stopped_s = clock.stop()
+                    self.at = self.at if self.readings else self.at._replace(elapsed_s=stopped_s)
+                    if validating:
+                        self.validate()
+                    if measuring:
+                        found = self.trainer.measure_latents(batch, self.at)
+                        self.folder.event(event="latents", step=step, **found)
                     if saving or interrupted:
                         self.checkpoint()
                     if interrupted:
-                        self.folder.text(f"interrupted at step {step}; the same command goes on from here")
-                        raise SystemExit(0)
-                    if validating:
-                        self.validate()
+                        raise Preempted(0)
                     clock.start()
+            if config.max_wallclock_seconds > 0:
+                self.folder.event(event="clock", **self.at._asdict())  # the last reading: there is no step after it
+            self.check_skipped()
             temperature = 1.0
             if config.free_steps:
                 plan = self.choose_steps(prefetcher, keep=True)
@@ -2440,6 +2938,11 @@ class Run:
             train_s = clock.stop()
         self.folder.text(f"trained {self.at.step} steps in {train_s:.2f} s; temperature {temperature:.2f}")
         return temperature, train_s
+
+    def validation_due(self) -> bool:
+        step, every = self.at.step, self.config.val_loss_every
+        due = 0 < step < self.config.iterations and every > 0 and step % every == 0
+        return due and self.folder.validated_step < step
 
     def free_training_begins(self) -> bool:
         c = self.config
@@ -2466,7 +2969,8 @@ class Run:
     def choose_steps(self, prefetcher: Prefetcher, keep: bool = False) -> ModelPlan:
         """Free steps and codes for the weights as they are; `keep` leaves weights and statistics in the run folder."""
         batches = [prefetcher.next() for _ in range(self.statistics_batches())]
-        self.loader_state = batches[-1].loader_state  # a resumed run goes on behind them, as this one does
+        if not keep:
+            self.loader_state = batches[-1].loader_state  # a resumed run goes on behind them, as this one does
         statistics = self.trainer.statistics(batches)
         budget_bytes = self.artifact_budget_bytes()
         plan, points = self.trainer.plan(statistics, self.tokenizer, budget_bytes)
@@ -2491,41 +2995,73 @@ class Run:
             save_artifact(self.folder.path / "statistics.artifact", parts, {}, ("raw",))
         return plan
 
-    def log(self, losses: Mapping[str, Tensor], batch: StepBatch, logged: Progress, console: Console) -> None:
+    def log(self, losses: Mapping[str, Tensor], batch: StepBatch, logged: Progress) -> None:
         """One line and one JSON object: means over ranks, bits per byte of the leader's batch."""
         at, config = self.at, self.config
+        self.check_skipped()
+        skipped = int(self.trainer.masters.skipped)
         means = self.ranks.sum(torch.stack([v.detach().float() for v in losses.values()])) / self.ranks.world
         values = dict(zip(losses, means.tolist(), strict=True))
-        if not all(math.isfinite(v) for v in values.values()):
-            raise GolfError(
-                f"step {at.step}: losses are not finite ({values}); lower the learning rates or check the data"
-            )
         x_N, y_N = batch.x_BT.cpu().numpy().ravel(), batch.y_BT.cpu().numpy().ravel()
         spelled_bytes = int(token_bytes(self.validation.table, x_N, y_N).sum())
         values["train_bpb"] = bits_per_byte(values.get("ce", math.nan) * len(y_N), spelled_bytes)
         tokens = (at.step - logged.step) * config.train_batch_tokens
         tokens_per_s = tokens / max(at.elapsed_s - logged.elapsed_s, 1e-9)
-        self.folder.event(
-            event="step",
-            step=at.step,
-            elapsed_s=at.elapsed_s,
-            tokens=at.step * config.train_batch_tokens,
-            tokens_per_s=tokens_per_s,
-            lr_scale=learning_rate_scale(at, config),
-            **values,
+        entry = {
+            "event": "step",
+            "step": at.step,
+            "elapsed_s": at.elapsed_s,
+            "tokens": at.step * config.train_batch_tokens,
+            "tokens_per_s": tokens_per_s,
+            "eta_s": seconds_left(at, config),
+            "memory_bytes": held_memory_bytes(self.ranks.device),
+            "lr_scale": learning_rate_scale(at, config),
+            "skipped": skipped,
+            **{key: value if math.isfinite(value) else None for key, value in values.items()},
+        }
+        self.folder.event(**entry)
+        self.folder.console.progress(entry, at.fraction(config))
+        line = progress_text(entry)
+        if skipped:
+            line += f" ({skipped} steps without a finite gradient)"
+        self.folder.text(line, console=False)
+
+    def check_skipped(self) -> None:
+        """Stop if too many gradients were not finite. Raises TrainingError; every rank keeps the last such batch."""
+        skipped, kept = int(self.trainer.masters.skipped), self.trainer.skipped_batch
+        if skipped <= self.config.nonfinite_limit or kept is None:
+            return
+        step, x_BT, y_BT = (tensor.cpu().numpy() for tensor in kept)
+        path = self.folder.path / f"nonfinite_rank{self.ranks.rank}.npz"
+        content = io.BytesIO()
+        np.savez(content, step=step, x_BT=x_BT, y_BT=y_BT)
+        write_atomically(path, content.getvalue())
+        raise TrainingError(
+            f"step {self.at.step}: {skipped} steps had gradients that are not finite, at most "
+            f"{self.config.nonfinite_limit} are skipped (--nonfinite_limit); the last was step {int(step) + 1}, its "
+            f"batch is in {path}. Lower the learning rates or look at that text; checkpoints hold finite weights"
         )
-        line = (
-            f"step {at.step} loss {values['loss']:.4f} bpb {values['train_bpb']:.4f} {tokens_per_s:,.0f} tokens/s "
-            f"{at.elapsed_s:.1f} s ETA {eta_text(at, config)}"
-        )
-        console.update(at, line)
-        self.folder.text(line, console=console.bar is None)
 
     def checkpoint(self) -> None:
+        self.check_skipped()
+        self.save()
+        self.ranks.barrier()
+
+    def save(self) -> None:
         if self.ranks.leads:
             masters, optimizers = self.trainer.masters, self.trainer.optimizers
             save_checkpoint(self.folder, masters, optimizers, self.at.step, self.at.elapsed_s, self.loader_state)
-        self.ranks.barrier()
+
+    def complete(self, interruption: Interruption) -> None:
+        """Train, export and score; a SIGTERM on the way leaves a checkpoint. Raises Preempted behind it."""
+        try:
+            self.finish(*self.drive(interruption))
+        except Preempted:
+            interruption.patient = True
+            if not self.folder.checkpoint_of(self.at.step).exists():
+                self.save()
+            self.folder.text(f"interrupted at step {self.at.step}; the same command goes on from here")
+            raise
 
     def score(self, mode: str, validation: Validation, temperature: float, on_grid: bool = True) -> Score:
         """The weights that would ship, or their float form, as they stand."""
@@ -2551,6 +3087,7 @@ class Run:
             eval_mode=mode,
             trained_tokens=self.at.step * self.config.train_batch_tokens,
         )
+        self.folder.validated_step = self.at.step
 
     def finish(self, temperature: float, train_s: float) -> None:
         """Diagnose, export, read back, score, and write summary.json. Raises ArtifactError over the budget."""
@@ -2569,19 +3106,22 @@ class Run:
         scored = score_artifact(self.command, folder.artifact, self.val_pattern, self.ranks)
         if report is None:
             return
-        code_bytes = sum(len(text.encode()) for text in our_sources().values())
+        sources = our_sources()
+        code_bytes = sum(len(text.encode()) for text in sources.values())
         total_bytes = code_bytes + scored["artifact_bytes"]
         summary = {
             **{key: value for key, value in scored.items() if key not in ("artifact", "weights")},
             "float_val_bpb": floating.bpb,
             "quantization_gap_bpb": scored["val_bpb"] - floating.bpb,
             "code_bytes": code_bytes,
+            "code_sha256": hashlib.sha256("".join(sources.values()).encode()).hexdigest(),
             "total_bytes": total_bytes,
             "params": self.params,
             "training_only_params": self.training_only_params,
             "steps": self.at.step,
             "tokens": self.at.step * config.train_batch_tokens,
             "train_s": train_s,
+            "clock": config.clock,
             "seed": config.seed,
             "world_size": self.ranks.world,
             "kernels": self.kernels.name,
@@ -2608,25 +3148,38 @@ class Run:
         )
 
 
+def serve(command: Command, interruption: Interruption) -> None:
+    """Do what a command says, as one of its ranks. Raises GolfError, Preempted."""
+    ranks = join_ranks(command.config.device, os.environ)
+    try:
+        if command.score:
+            pattern = command.val or str(Path(command.config.data_path) / "*_val_*.bin")
+            result = score_artifact(command, command.score, pattern, ranks)
+            if ranks.leads:
+                print(json.dumps(result))
+        elif command.generate:
+            print(generate_text(command, command.generate, ranks))
+        else:
+            Run(command, ranks).complete(interruption)
+    except (dist.DistError, RuntimeError) as error:  # gloo's and the store's are of no class of their own
+        if ranks.world == 1 or not re.search("gloo|NCCL|TCPStore|[Cc]onnection", str(error)):
+            raise
+        raise TrainingError(
+            f"rank {ranks.rank}: another process of the run was lost ({str(error).splitlines()[0][:200]}); start "
+            "the same command again, it goes on from the newest checkpoint, or let torchrun do so: --max-restarts"
+        ) from error
+    finally:
+        if ranks.world > 1:
+            dist.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for input that cannot be used)."""
     try:
         command = parse_command(sys.argv[1:] if argv is None else argv, os.environ)
-        ranks = join_ranks(command.config.device, os.environ)
-        try:
-            if command.score:
-                pattern = command.val or str(Path(command.config.data_path) / "*_val_*.bin")
-                result = score_artifact(command, command.score, pattern, ranks)
-                if ranks.leads:
-                    print(json.dumps(result))
-            elif command.generate:
-                print(generate_text(command, command.generate, ranks))
-            else:
-                run = Run(command, ranks)
-                run.finish(*run.drive())
-        finally:
-            if ranks.world > 1:
-                dist.destroy_process_group()
+        interruption = Interruption()
+        with contextlib.nullcontext() if command.score or command.generate else interruption:
+            serve(command, interruption)
     except GolfError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

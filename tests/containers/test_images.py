@@ -29,6 +29,7 @@ from scripts.containers import (
     inspect_image,
     run_line,
 )
+from scripts.verifier_mutants import make_bench
 from tests.containers.conftest import TinyRun
 from tests.containers.test_pins import normal
 from tests.submissions.jepa_mamba.conftest import flags, losses_of
@@ -55,9 +56,9 @@ def built(name: str) -> Built:
         pytest.skip(f"NOT EXERCISED: {name} image: {error}")
 
 
-@pytest.fixture(scope="module")
-def cpu() -> str:
-    return built("cpu").image
+@pytest.fixture(scope="module", params=["cpu"])  # a parameter, so that `-k cpu` finds these tests too
+def cpu(request: pytest.FixtureRequest) -> str:
+    return built(request.param).image
 
 
 def run(
@@ -67,6 +68,13 @@ def run(
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def writable(folder: Path) -> Path:
+    """A new folder that the container's user may write."""
+    folder.mkdir()
+    folder.chmod(0o777)
+    return folder
 
 
 def python(image: str, code: str, mounts: dict[Path, str] | None = None) -> str:
@@ -165,15 +173,27 @@ def test_score_is_that_of_outside_twice_and_without_a_shell(cpu, tiny_run: TinyR
     assert_same_score(first, score_outside(tiny_run.artifact, tiny_run.data))
 
 
-def test_score_of_the_demo(cpu):
-    """The artifact of `make demo`; GOLF_DEMO_RUN and GOLF_DEMO_DATA name its folders where they are elsewhere."""
-    folder = Path(os.environ.get("GOLF_DEMO_RUN", ROOT / "runs" / "demo"))
-    data = Path(os.environ.get("GOLF_DEMO_DATA", ROOT / "data" / "stdlib-bpe1024"))
-    if not ((folder / "model.artifact").exists() and data.exists()):
-        pytest.skip(f"NOT EXERCISED: the demo's artifact: no {folder}/model.artifact or no {data}; make demo")
-    inside = json.loads(run(cpu, "score", mounts={folder / "model.artifact": "/in:ro", data: "/val:ro"}).stdout)
-    assert_same_score(inside, score_outside(folder / "model.artifact", data))
-    print(json.dumps(inside))
+def test_demo_inside_and_its_score(cpu, tmp_path):
+    """A few steps of `demo`: its model, text and artifact have their real size, its weights are hardly trained."""
+    out = writable(tmp_path / "out")
+    few = ["--iterations", "4", "--max_wallclock_seconds", "0", "--val_loss_every", "0"]
+    assert "xz" in run(cpu, "demo", *few, mounts={out: "/out"}).stdout
+    artifact, data = out / "runs" / "demo" / "model.artifact", out / "data" / "stdlib-bpe1024"
+    assert artifact.stat().st_size > 500_000
+    inside = json.loads(run(cpu, "score", mounts={artifact: "/in:ro", data: "/val:ro"}).stdout)
+    assert_same_score(inside, score_outside(artifact, data))
+
+
+def test_verify_judges_a_mounted_submission(cpu, tmp_path):
+    """Every family of checks, staged runs included, on a good submission of three tiny seeds."""
+    bench = make_bench(tmp_path / "good")
+    out = writable(tmp_path / "out")
+    mounts = {bench.dist: "/in:ro", bench.data: "/val:ro", bench.record: "/record:ro", out: "/out"}
+    given = ["/in", "--data", "/val", "--against", "/record", "--json", "/out/report.json", "--threads", "1"]
+    printed = run(cpu, "verify", *given, mounts=mounts).stdout
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert (found["verdict"], found["count"]["failed"]) == ("passed", 0), printed
+    assert found["count"]["passed"] > 30
 
 
 def test_damaged_input_is_refused(cpu, tiny_run: TinyRun, tmp_path):
@@ -190,9 +210,7 @@ def test_damaged_input_is_refused(cpu, tiny_run: TinyRun, tmp_path):
 
 
 def test_twenty_training_steps_are_bitwise_those_of_outside(cpu, tiny_run: TinyRun, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    out.chmod(0o777)
+    out = writable(tmp_path / "out")
     arguments = [*flags(), "--data_path=/data", "--runs_dir=/out", "--run_id=run"]
     run(cpu, "train", *arguments, mounts={tiny_run.data: "/data:ro", out: "/out"})
     inside, outside = losses_of(out / "run"), losses_of(tiny_run.folder)
@@ -205,14 +223,16 @@ def test_twenty_training_steps_are_bitwise_those_of_outside(cpu, tiny_run: TinyR
     assert digests[0] == digests[1]
 
 
-def test_coinrun_is_recorded_inside(cpu, tmp_path):
-    """The game itself runs: its library needs nothing that the image lacks."""
-    code = (
-        "from procgen import ProcgenGym3Env; e = ProcgenGym3Env(num=2, env_name='coinrun', num_levels=1, start_level=0,"
-        " rand_seed=1); print(e.observe()[1]['rgb'].shape)"
-    )
-    assert python(cpu, code).strip() == "(2, 64, 64, 3)"
-    assert "profile" in run(cpu, "coinrun", "--help").stdout
+@pytest.fixture(scope="module", params=["cpu", "worldmodel"])
+def with_games(request: pytest.FixtureRequest) -> str:
+    return built(request.param).image
+
+
+def test_coinrun_in_miniature(with_games):
+    """`coinrun` from recording to its page with a tiny profile: the game's library lacks nothing in the image."""
+    chosen = ["-q", "-m", "slow", "/golf/tests/worldmodel/test_cli.py", "-k", "coinrun_in_miniature"]
+    assert "1 passed" in run(with_games, "test", *chosen, more=["--env", "JAX_PLATFORMS=cpu"]).stdout
+    assert "profile" in run(with_games, "coinrun", "--help").stdout
 
 
 @pytest.mark.parametrize(

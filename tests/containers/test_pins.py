@@ -12,7 +12,7 @@ from scripts.containers import DEBIAN_LOCKS, LOCKS, LOCKS_DIR, NO_DEPS, Lock, he
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGEST = re.compile(r"^[^\s@]+:[^\s@]+@sha256:[0-9a-f]{64}$")
-FETCHERS = re.compile(r"\b(curl|wget|git clone|git\+|apt-get install|apt install|npm|uv)\b")
+FETCHERS = re.compile(r"\b(curl|wget|git clone|git\+|apt-get install|apt install|npm|uv(?! pip uninstall))\b")
 PIP = re.compile(r"\bpip3?\b.*\s(install|wheel|download)\b")
 
 
@@ -46,6 +46,9 @@ def dockerfile_problems(text: str) -> list[str]:
             if "://" in rest:
                 problems.append(f"{name} {rest}: fetches an address")
         elif name == "RUN":
+            for mounted in re.findall(r"--mount=\S*\bfrom=([^\s,]+)", rest):
+                if mounted not in stages and not DIGEST.match(mounted):
+                    problems.append(f"RUN --mount from={mounted}: not a stage of this file and not pinned")
             for command in re.split(r"&&|\|\||;", rest):
                 if PIP.search(command) and not re.search(r"--require-hashes|--no-index", command):
                     problems.append(f"pip without hashes: {command.strip()}")
@@ -111,9 +114,12 @@ def test_dockerfile_is_pinned(path):
         ("FROM python@sha256:12\n", "is not name:tag@sha256"),
         (f"FROM scratch AS a\n{GOOD_FROM}", "FROM scratch"),
         (f"{GOOD_FROM}COPY --from=alpine:3 /bin /bin\n", "not a stage"),
+        (f"{GOOD_FROM}RUN --mount=type=bind,from=alpine:3,target=/x true\n", "not a stage"),
         (f"{GOOD_FROM}ADD https://example.org/x /x\n", "fetches an address"),
         (f"{GOOD_FROM}RUN pip install torch==2.13.0\n", "pip without hashes"),
         (f"{GOOD_FROM}RUN a --require-hashes && \\\n    /p/pip --python x wheel -r y\n", "pip without hashes"),
+        (f"{GOOD_FROM}RUN /x/uv pip install -r y.lock\n", "pip without hashes"),
+        (f"{GOOD_FROM}RUN uv tool install x\n", "fetches without a pin"),
         (f"{GOOD_FROM}RUN python3 -m pip install --no-deps -r a.lock\n", "pip without hashes"),
         (f"{GOOD_FROM}RUN apt-get update && apt-get install -y g++\n", "fetches without a pin"),
         (f"{GOOD_FROM}RUN curl -LO https://example.org/a.whl\n", "fetches without a pin"),

@@ -100,14 +100,11 @@ def test_pip_setup_takes_addresses_and_local_folders():
         ":env:.find-links='/opt/wheels'\nglobal.cert='/etc/ssl/all.crt'\nglobal.timeout='60'\nglobal.find-links='/opt/wheels'\n"
         "global.extra-index-url='https://example.org/simple file:///opt/index/simple'\n"
     )
-    flags, paths = pip_setup(listed)
-    assert flags == [
-        "--find-links=/opt/wheels",
-        "--cert=/etc/ssl/all.crt",
-        "--extra-index-url=https://example.org/simple",
-    ]
+    flags, certificates, paths = pip_setup(listed)
+    assert flags == ["--find-links=/opt/wheels", "--extra-index-url=https://example.org/simple"]
+    assert certificates == ["PIP_CERT=/etc/ssl/all.crt", "SSL_CERT_FILE=/etc/ssl/all.crt"]
     assert paths == [Path("/etc/ssl/all.crt"), Path("/opt/wheels")]
-    assert pip_setup("") == ([], [])
+    assert pip_setup("") == ([], [], [])
 
 
 def test_build_lines():

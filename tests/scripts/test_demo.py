@@ -11,6 +11,7 @@ import brotli
 import pytest
 
 from common.errors import DataError, GolfError
+from scripts import demo
 from scripts.demo import ROOT, compressed_bpb, results_table, run_demo, run_script, validation_documents
 
 VOCAB_SIZE = 330
@@ -93,3 +94,12 @@ def test_the_whole_demo_on_a_small_text(tmp_path, capfd):
     assert "already prepared" in printed
     for part in ("xz -9", "brotli -11", f"{result['val_bpb']:.4f}", "16,000,000", "curves.png"):
         assert part in printed
+
+
+def test_paths_are_meant_from_the_working_folder(tmp_path, monkeypatch):
+    """Its programs run in the repository, which is another folder in a container."""
+    given: list[object] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "run_demo", lambda *arguments: given.extend(arguments))
+    assert demo.main(["--data", "text", "--runs", "out", "--iterations", "4"]) == 0
+    assert given == [tmp_path / "text", tmp_path / "out", "demo", 1024, ["--iterations", "4"]]

@@ -1,15 +1,21 @@
 """scripts/report.py: a page for a run of either kind, and for several over one another."""
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from common.artifact.container import save_artifact
 from common.errors import DataError
 from common.quant.grid import GridSpec, quantize
-from scripts.report import command_of, main, make_page, write_run_report
+from scripts.report import RunRecord, command_of, main, make_page, write_run_report
+from worldmodel.cli import _command_type
+from worldmodel.config import to_dict
+from worldmodel.configs import cpu
 
 
 def lm_run(folder: Path, bpb: float) -> Path:
@@ -75,10 +81,24 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
         make_page([run])
 
 
-def test_commands_of_world_runs():
-    class Kept:
-        config: dict
+def kept(config: dict) -> RunRecord:
+    record = RunRecord.__new__(RunRecord)
+    record.config = config
+    return record
 
-    kept = Kept()
-    kept.config = {"profile": "gpu"}
-    assert command_of(kept) == "python -m worldmodel coinrun --profile gpu"  # pyright: ignore[reportArgumentType]
+
+def test_the_command_of_a_whole_case_study():
+    assert command_of(kept({"profile": "gpu"})) == "python -m worldmodel coinrun --profile gpu"
+
+
+def test_the_command_of_a_stage_gives_its_configuration_back():
+    optim = dataclasses.replace(cpu.PROFILE.dynamics.optim, decay_steps=7, learning_rate=0.5)
+    changed = dataclasses.replace(
+        cpu.PROFILE.dynamics_latent, steps=12, tensorboard=False, optim=optim, run_dir="runs/a b", token_dir="data/t",
+        dynamics=dataclasses.replace(cpu.PROFILE.dynamics_latent.dynamics, tie_codebook=False),
+    )  # fmt: skip
+    words = shlex.split(command_of(kept(to_dict(changed))))
+    assert words[:5] == ["python", "-m", "worldmodel", "train", "cpu-dynamics-latent"]
+    assert len(words) < 20  # only what differs from the preset
+    command = tyro.cli(_command_type(), args=words[3:])
+    assert command.config == changed

@@ -9,12 +9,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.artifact.container import load_artifact, save_artifact
 from common.errors import ArtifactError, ConfigError
-from common.quant.grid import dequantize, quantize
+from common.quant.grid import dequantize
 from tests.worldmodel.small import DYNAMICS, NUM_ACTIONS, MemorySource, game_clips, train_config
 from worldmodel.config import EvaluateConfig, RolloutConfig
 from worldmodel.evaluate import suite
-from worldmodel.export import GRID_NAMES, export_world, grid_of, inference_values, load_exported
+from worldmodel.export import (
+    DERIVED,
+    GRIDS,
+    export_world,
+    fixed_tensors,
+    inference_values,
+    is_quantized,
+    load_exported,
+    stored_values,
+)
+from worldmodel.fisher import matrix_rows, world_statistics
+from worldmodel.models.token_dynamics import MaskGitDynamics, standardize_codes
 from worldmodel.rollout.render import (
     Row,
     gif_bytes,
@@ -46,6 +58,12 @@ def worlds(tmp_path_factory) -> dict[str, World]:
         config, dynamics = load_dynamics(config.run_dir, NUM_ACTIONS)
         result[source] = World(config, load_tokenizer(tokenizer.run_dir), dynamics, NUM_ACTIONS, source="float")
     return result
+
+
+@pytest.fixture(scope="module")
+def statistics(worlds) -> dict[str, dict]:
+    clips = game_clips(32, 4, seed=3)
+    return {source: world_statistics(world, clips, pixel_weight=0.25) for source, world in worlds.items()}
 
 
 class FakeSet:
@@ -95,6 +113,7 @@ def test_teacher_forced_bits_are_the_cross_entropy_of_unscaled_logits(worlds):
     tokens, actions = world.encode(clips["frames_BTHWC"]), clips["actions_BT"][:, :-1]
     bits = np.asarray(world.bits(tokens, actions))
     model = world.dynamics
+    assert isinstance(model, MaskGitDynamics)
     action = model.shift_actions(model.embed_action_codes(jax.numpy.asarray(actions)))
     hidden = np.ones((2, 4), bool)
     for t in (1, 3):
@@ -137,8 +156,8 @@ def test_rows_of_a_grid_and_their_files(worlds, tmp_path):
         np.testing.assert_array_equal(row.frames_THWC[:2], rows[1].frames_THWC[:2])
     paths = write_picture_files(rows, tmp_path / "clip", formats=("png", "gif", "mp4"), fps=5)
     assert [p.name for p in paths] == ["clip.png", "clip.gif", "clip.mp4"]
-    with Image.open(paths[1]) as gif:
-        assert gif.n_frames == 5
+    with Image.open(paths[1]) as gif:  # Pillow makes one frame of equal neighbours: the time is what stays
+        assert sum(gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)) == 5 * 200
     with Image.open(paths[0]) as png:
         assert png.size[1] == 10 * (16 * 2 + 2)
     import imageio.v3 as iio
@@ -196,7 +215,16 @@ def test_shared_compilation_uses_each_worlds_own_weights(worlds, tmp_path):
         stored.sharing(worlds["ground-truth"])
 
 
-@pytest.mark.parametrize("grid", GRID_NAMES)
+def stored_form(world: World) -> dict[str, np.ndarray]:
+    """Every inference value of a world under its artifact's name, matrices with one output a row."""
+    values = {}
+    for prefix, model in (("tokenizer", world.tokenizer), ("dynamics", world.dynamics)):
+        for name, value in inference_values(model).items():
+            values[f"{prefix}/{name}"] = matrix_rows(name, value) if is_quantized(value) else value
+    return values
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("source", ["ground-truth", "latent"])
 def test_artifacts_hold_exactly_the_grid_of_the_weights(worlds, tmp_path, grid, source, monkeypatch):
     monkeypatch.setattr("worldmodel.export.MIN_QUANTIZED_VALUES", 32)
@@ -206,25 +234,77 @@ def test_artifacts_hold_exactly_the_grid_of_the_weights(worlds, tmp_path, grid, 
     back = load_exported(tmp_path / "m.artifact")
     assert back.config == world.config
     assert back.num_actions == NUM_ACTIONS
-    pairs = (("tokenizer", world.tokenizer, back.tokenizer), ("dynamics", world.dynamics, back.dynamics))
-    for prefix, model, other in pairs:
-        values, stored = inference_values(model), inference_values(other)
-        assert values.keys() == stored.keys()
-        quantized = 0
-        for name, value in values.items():
-            if value.ndim != 2 or value.size < 32:
-                np.testing.assert_array_equal(stored[name], value)
-                continue
-            spec = grid_of(grid, f"{prefix}/{name}")
-            rows = value.T if name.endswith("/kernel") else value
-            expected = dequantize(quantize(np.ascontiguousarray(rows), spec, name))
-            np.testing.assert_array_equal(stored[name], expected.T if name.endswith("/kernel") else expected)
-            quantized += 1
-        assert quantized > 3
+    stored, expected = stored_form(back), fixed_tensors(stored_values(world), grid)
+    assert stored.keys() == expected.keys() | {DERIVED}
+    assert sum(not isinstance(tensor, np.ndarray) for tensor in expected.values()) > 8
+    for name, tensor in expected.items():
+        value = tensor if isinstance(tensor, np.ndarray) else dequantize(tensor)
+        np.testing.assert_array_equal(stored[name], value)
+    # the dynamics' copy of the codebook is not stored: it follows from the codebook that was
+    np.testing.assert_array_equal(stored[DERIVED], standardize_codes(np.asarray(back.tokenizer.quantizer.codes)))
+    np.testing.assert_allclose(stored[DERIVED], stored_form(world)[DERIVED], atol=0.02 if grid == "int8" else 0.2)
     clips = game_clips(2, 5, seed=1)
     driven = back.actions_of(clips["frames_BTHWC"], clips["actions_BT"])
     dream = back.frames_after(clips["frames_BTHWC"], driven, ROLLOUT, jax.random.key(0))
     assert np.isfinite(dream).all()
+
+
+def test_artifacts_of_the_first_format_keep_their_own_codes(worlds, tmp_path):
+    world = worlds["ground-truth"]
+    export_world(world, tmp_path / "new")
+    tensors, meta = load_artifact(tmp_path / "new")
+    codes_VL = np.asarray(world.dynamics.codes_VL[...]) + 1
+    old = {**meta, "format": "worldmodel-1"}
+    save_artifact(tmp_path / "old", {**tensors, DERIVED: codes_VL}, old)
+    np.testing.assert_array_equal(load_exported(tmp_path / "old").dynamics.codes_VL[...], codes_VL)
+    save_artifact(tmp_path / "gap", tensors, old)
+    with pytest.raises(ArtifactError, match="codes_VL"):
+        load_exported(tmp_path / "gap")
+    save_artifact(tmp_path / "twice", {**tensors, DERIVED: codes_VL}, meta)
+    with pytest.raises(ArtifactError, match="codes_VL"):
+        load_exported(tmp_path / "twice")
+
+
+@pytest.mark.parametrize("source", ["ground-truth", "latent"])
+def test_the_fitted_grid_fills_its_bits_and_keeps_the_world(worlds, statistics, tmp_path, source, monkeypatch):
+    monkeypatch.setattr("worldmodel.export.MIN_QUANTIZED_VALUES", 32)
+    world = worlds[source]
+    values = stored_values(world)
+    assert statistics[source].keys() <= values.keys()
+    assert any("/lam/" in name for name in statistics[source]) == (source == "latent")
+    with pytest.raises(ConfigError, match="statistics"):
+        export_world(world, tmp_path / "none", grid="fitted")
+    with pytest.raises(ConfigError, match="at least 4 clips"):
+        world_statistics(world, game_clips(3, 4, seed=3))
+    report = export_world(world, tmp_path / "m.artifact", grid="fitted", bits=7.0, statistics=statistics[source])
+    budget_bytes = 7.0 * sum(value.size for value in values.values()) / 8
+    assert 0.995 * budget_bytes - 1 <= report.file_bytes <= budget_bytes
+    back = load_exported(tmp_path / "m.artifact")
+    clips = game_clips(32, 4, seed=5)
+    driven = world.actions_of(clips["frames_BTHWC"], clips["actions_BT"])
+    tokens = world.encode(clips["frames_BTHWC"])
+    lost = float((back.bits(tokens, driven) - world.bits(tokens, driven)).mean())
+    assert abs(lost) < 0.3 * float(world.bits(tokens, driven).mean())
+
+
+def test_statistics_are_second_moments_of_the_gradient(worlds, statistics):
+    world = worlds["ground-truth"]
+    for name in ("tokenizer/params/path_out/kernel", "dynamics/params/head/kernel"):
+        layer = statistics["ground-truth"][name]
+        n_columns = layer.hessian_CC.shape[1]
+        assert layer.hessian_CC.shape == (n_columns, n_columns)
+        np.testing.assert_allclose(layer.hessian_CC, layer.hessian_CC.T)
+        assert np.linalg.eigvalsh(layer.hessian_CC).min() > -1e-9 * np.trace(layer.hessian_CC)
+        assert layer.sensitivity_R.mean() == pytest.approx(1.05)
+    # decoder output x = W z + b: a unit of noise over the pixels has E|dW|^2 = (pixels a patch) E|z|^2 / mse
+    clips = game_clips(32, 4, seed=3)
+    tokenizer = world.tokenizer
+    latent = np.asarray(tokenizer.quantizer.lookup(tokenizer.encode(clips["frames_BTHWC"])), np.float64)
+    rebuilt = np.asarray(tokenizer.decode_latent(jax.numpy.asarray(latent, np.float32)))
+    patches_per_frame, mse = latent.shape[2], ((rebuilt - clips["frames_BTHWC"] / 255.0) ** 2).mean()
+    layer = statistics["ground-truth"]["tokenizer/params/path_out/kernel"]
+    expected = 0.25 * len(layer.sensitivity_R) * patches_per_frame * (latent**2).sum(-1).mean() / mse
+    assert np.trace(layer.hessian_CC) * len(layer.sensitivity_R) == pytest.approx(expected, rel=0.4)
 
 
 def test_artifacts_are_not_overwritten_and_damage_is_named(worlds, tmp_path):
@@ -243,8 +323,6 @@ def test_artifacts_are_not_overwritten_and_damage_is_named(worlds, tmp_path):
 
 
 def test_artifacts_of_another_shape_are_refused(worlds, tmp_path, monkeypatch):
-    from common.artifact.container import load_artifact, save_artifact
-
     path = tmp_path / "m.artifact"
     export_world(worlds["ground-truth"], path)
     tensors, meta = load_artifact(path)
@@ -255,5 +333,30 @@ def test_artifacts_of_another_shape_are_refused(worlds, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="not a world-model artifact"):
         load_exported(tmp_path / "other")
     save_artifact(tmp_path / "wide", {**tensors, "dynamics/params/head_bias": np.zeros(3, np.float32)}, meta)
-    with pytest.raises(ArtifactError, match="head_bias has shape"):
+    with pytest.raises(ArtifactError, match=r"head_bias: \(3,\) held"):
         load_exported(tmp_path / "wide")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        (("tokenizer", "encoder"), {"layers": 10**9}, "tokenizer.encoder.layers is 1000000000"),
+        (("tokenizer", "quantizer"), {"codes": 1 << 40}, "tokenizer.quantizer.codes is 1099511627776"),
+        (("tokenizer", "encoder"), {"dim": 60_000, "heads": 2}, "tensors do not fit"),
+        (("tokenizer", "frame"), {"height": -8}, "tokenizer.frame.height is -8"),
+        (("tokenizer", "frame"), {"patch": 0}, "a size of FrameConfig is out of range"),
+    ],
+)
+def test_artifacts_that_lie_about_their_size_are_refused_before_they_are_built(worlds, tmp_path, part, change, says):
+    from common.artifact.container import load_artifact, save_artifact
+
+    path = tmp_path / "m.artifact"
+    export_world(worlds["ground-truth"], path)
+    tensors, meta = load_artifact(path)
+    node = meta["config"]
+    for name in part:
+        node = node[name]
+    node |= change
+    save_artifact(path, tensors, meta)
+    with pytest.raises(ArtifactError, match=says):
+        load_exported(path)

@@ -94,7 +94,13 @@ class WindowLoader:
                     f"loader state has {name} = {state.get(name)!r}, this loader has {value!r}: resume with the data "
                     "and the options that the run was started with, or start a new run"
                 )
-        self._iterator.set_state(state["position"])
+        try:
+            self._iterator.set_state(state["position"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"loader state has position {str(state['position'])[:80]} ({error!r}), expected one that state() gave: "
+                "take an older checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Stop prefetching."""

@@ -41,6 +41,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import struct
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,9 +94,10 @@ class RecordLayout:
     scan: Scan = "auto"
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.item_shape) <= 3 or any(not 1 <= size <= 0xFFFF for size in self.item_shape):
-            raise DataError(f"item shape {self.item_shape}: expected one to three sizes in [1, 65535]")
-        if np.dtype(self.dtype) not in _DTYPES:
+        sizes = self.item_shape
+        if not 1 <= len(sizes) <= 3 or any(type(size) is not int or not 1 <= size <= 0xFFFF for size in sizes):
+            raise DataError(f"item shape {str(sizes)[:80]}: expected one to three sizes in [1, 65535]")
+        if self.dtype not in [dtype.name for dtype in _DTYPES]:
             raise DataError(f"item dtype {self.dtype!r}: expected one of {[str(dtype) for dtype in _DTYPES]}")
         if not 1 <= self.group_frames <= 0xFFFF:
             raise DataError(f"group_frames {self.group_frames}: expected a value in [1, 65535]")
@@ -467,7 +469,7 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             f"{path}: not found. A data set is a folder with this file: make one with `python -m worldmodel collect` "
             "or `python -m worldmodel import`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}): restore it or collect the data set again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_NAME:
         raise DataError(f'{path}: not a world-model data set (expected "format": "{FORMAT_NAME}")')
@@ -489,7 +491,42 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
     for name, kind in needed.items():
         if not isinstance(manifest.get(name), kind):
             raise DataError(f"{path}: field {name!r} is {manifest.get(name)!r}, expected a {kind.__name__}")
+    for name, split in manifest["splits"].items():
+        files = split.get("files") if isinstance(split, dict) else None
+        if not isinstance(files, list):
+            raise DataError(f"{path}: split {name!r} has no list of files: restore it or collect the data set again")
+        pairs = split.get("level_ranges", [])
+        ends = [end for pair in pairs for end in pair] if _is_list_of_pairs(pairs) else [None]
+        if any(type(end) is not int for end in ends):
+            raise DataError(f"{path}: level_ranges of split {name!r} are {str(pairs)[:80]}, expected pairs of levels")
+        if files and not _is_hex(split.get("content_sha256")):
+            raise DataError(f"{path}: split {name!r} has no digest of its content: restore it")
+        for entry in files:
+            _check_entry(entry, f"{path}, split {name!r}")
     return manifest
+
+
+def _is_list_of_pairs(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+
+
+def _is_hex(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    """A file's entry has what `FileSummary` has, and names a file in the data set's own folder."""
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: a file's entry is {entry!r}, expected an object")
+    name = entry.get("name")
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise DataError(f"{where}: a file is named {name!r}, expected the name of a file in this folder")
+    for count in ("bytes", "episodes", "frames"):
+        if type(entry.get(count)) is not int or not 0 <= entry[count] < 1 << 62:
+            raise DataError(f"{where}: {count} of {name!r} is {entry.get(count)!r}, expected a count")
+    for digest in ("sha256", "content_sha256"):
+        if not _is_hex(entry.get(digest)):
+            raise DataError(f"{where}: {digest} of {name!r} is {entry.get(digest)!r}, expected 64 hexadecimal digits")
 
 
 def write_manifest(data_dir: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

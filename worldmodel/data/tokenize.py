@@ -101,6 +101,11 @@ def run_tokenize(config: TokenizeConfig) -> dict[str, Any]:
             f"chunk_frames {config.chunk_frames} and batch_chunks {config.batch_chunks}: expected at least 1"
         )
     tokenizer = load_tokenizer(config.tokenizer_run)
+    if tokenizer.continuous:
+        raise ConfigError(
+            f"{config.tokenizer_run} gives continuous latents, a token set holds integers: train diffusion dynamics "
+            "from pixels, without token_dir"
+        )
     encoder = tokenizer.config.encoder
     info = describe_tokenizer(tokenizer)
     if encoder.temporal and encoder.position == "learned":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from jax import Array
 from common.errors import ConfigError
 from worldmodel.config import EvaluateConfig, to_dict
 from worldmodel.data.records import open_dataset
+from worldmodel.evaluate.action_map import score_action_map
 from worldmodel.evaluate.metrics import frame_mse, frame_ssim, mean_entry, psnr_difference_entry, psnr_entry
-from worldmodel.models.blocks import frames_to_unit
+from worldmodel.models.layers import frames_to_unit
 from worldmodel.rollout.world import World
 
 MATMUL_SIZE = 2048
@@ -31,6 +33,13 @@ def fixed_clips(data_dir: str, config: EvaluateConfig) -> dict[str, np.ndarray]:
     count = min(config.clips, dataset.require_windows(seq_len))
     clips = dataset.fixed_windows(count, seq_len, seed=config.seed)
     return {**clips, "data_sha256": np.asarray(dataset.content_sha256)}
+
+
+def in_batches(rows_SX: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of one shape, the last filled up with repetitions, and how many rows of each count."""
+    for start in range(0, len(rows_SX), size):
+        index = np.minimum(np.arange(start, start + size), len(rows_SX) - 1)
+        yield rows_SX[index], min(size, len(rows_SX) - start)
 
 
 def random_actions(actions_BA: np.ndarray, first: int, num_actions: int, rng: np.random.Generator) -> np.ndarray:
@@ -49,7 +58,9 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
         config: what to measure.
 
     Returns:
-        JSON-ready document: quality with 95% bootstrap intervals over clips, usage, speed, and what it covers.
+        JSON-ready document: quality with 95% bootstrap intervals over clips, usage, speed, and what it covers. Bits and
+        codebook are null for latents, which have neither; the map of actions, where they are not latent or none is
+        recorded.
     """
     clips = fixed_clips(data_dir, config)
     frames_STHWC, actions_ST = clips["frames_BTHWC"], clips["actions_BT"]
@@ -65,11 +76,8 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
     # Noise is drawn by frame number, so a shorter rollout has the same first frames.
     to_delta = dataclasses.replace(config.rollout, horizon=config.delta_horizon)
     rollout_s = 0.0
-    for start in range(0, count, config.batch_size):
-        stop = min(start + config.batch_size, count)
-        # The last batch is filled up so that every batch has one compiled shape; the filling is not scored.
-        index = np.minimum(np.arange(start, start + config.batch_size), count - 1)
-        frames, valid = frames_STHWC[index], stop - start
+    for index, valid in in_batches(np.arange(count), config.batch_size):
+        start, frames = int(index[0]), frames_STHWC[index]
         truth = frames_to_unit(jnp.asarray(frames))
         tokens = world.encode(frames)
         driven = world.actions_of(frames, actions_ST[index])
@@ -90,9 +98,11 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
             add(f"{name}_mse", frame_mse(truth[:, prompt:], got)[:valid])
             add(f"{name}_ssim", frame_ssim(truth[:, shown], got[:, shown - prompt])[:valid])
         add("tokenizer_mse", jnp.mean(frame_mse(truth, rebuilt), axis=1)[:valid])
-        add("bits", world.bits(tokens, driven)[:valid, prompt - 1 :])
-        add("tokens", tokens[:valid].reshape(valid, -1))
+        if world.discrete:
+            add("bits", world.bits(tokens, driven)[:valid, prompt - 1 :])
+            add("tokens", tokens[:valid].reshape(valid, -1))
         add("actions", driven[:valid])
+        add("recorded", actions_ST[index][:valid, :-1])
     data = {
         name: np.concatenate(parts) for name, parts in collected.items()
     }
@@ -119,16 +129,24 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
             "frames_per_clip": prompt + horizon, "seed": config.seed,
         },
         "config": to_dict(config),
+        "kind": world.config.dynamics.kind,
         "actions": world.config.dynamics.action_source,
         "tokenizer_psnr_db": psnr_entry(data["tokenizer_mse"], **boot),
-        "teacher_forced_bits_per_frame": mean_entry(data["bits"].astype(np.float64).mean(axis=1), **boot),
+        "teacher_forced_bits_per_frame": (
+            mean_entry(data["bits"].astype(np.float64).mean(axis=1), **boot) if world.discrete else None
+        ),
         "horizons": by_horizon,
         "delta_psnr_db": {
             "horizon": config.delta_horizon,
             **psnr_difference_entry(data["rollout_mse"][:, delta], data["random_mse"][:, delta], **boot),
         },
-        "codebook": usage(data["tokens"], codes),
+        "codebook": usage(data["tokens"], codes) if world.discrete else None,
         "action_codes": usage(data["actions"][data["actions"] >= 0], action_codes),
+        "action_map": (
+            score_action_map(data["actions"], data["recorded"], codes=action_codes, actions=world.num_actions, **boot)
+            if world.latent and (data["recorded"] >= 0).any()
+            else None
+        ),
         "batch_rollout_frames_per_s": (
             (count - min(config.batch_size, count)) * horizon / rollout_s if rollout_s else None
         ),

@@ -14,7 +14,8 @@ from flax import nnx
 from jax import Array
 
 from worldmodel.config import LamConfig
-from worldmodel.models.blocks import STTransformer, frames_to_unit, patchify, unpatchify
+from worldmodel.models.blocks import STTransformer
+from worldmodel.models.layers import frames_to_unit, patchify, unpatchify
 from worldmodel.models.quantizer import Quantized, VectorQuantizer
 from worldmodel.models.tokenizer import check_frames, encode_in_chunks
 

@@ -1,4 +1,4 @@
-"""Discrete bottlenecks: a vector-quantized codebook and finite scalar quantization behind one interface.
+"""Bottlenecks behind one interface: a vector-quantized codebook, finite scalar quantization, continuous tanh latents.
 
 Legend: X any leading axes · V codes · L latent size · S sampled points.
 """
@@ -14,13 +14,13 @@ from flax import nnx
 from jax import Array
 
 from worldmodel.config import QuantizerConfig
-from worldmodel.models.blocks import Stats
+from worldmodel.models.layers import Stats
 
 KMEANS_CHUNK = 8192
 
 
 class Quantized(NamedTuple):
-    """What a bottleneck returns: values that pass gradients straight through, code numbers, and the codebook's loss."""
+    """What a bottleneck returns: values that gradients pass, code numbers (none if continuous), the codebook's loss."""
 
     latent_XL: Array
     codes_X: Array
@@ -163,12 +163,31 @@ class FiniteScalarQuantizer(nnx.Module):
         """No codebook, nothing to reset."""
 
 
-Quantizer = VectorQuantizer | FiniteScalarQuantizer
+class TanhBottleneck(nnx.Module):
+    """Continuous latents in -1..1; nothing is quantized and there are no codes.
+
+    Source: the tokenizer of Dreamer 4 (Hafner et al., 2025, section 3.1) and of Jasmine's diffusion dynamics.
+    """
+
+    def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+
+    def __call__(self, latent_XL: Array, *, key: Array | None = None) -> Quantized:
+        """Squash the latents; `codes_X` is empty, the loss is zero."""
+        latent_XL = jnp.tanh(latent_XL.astype(jnp.float32))
+        return Quantized(latent_XL, jnp.zeros((*latent_XL.shape[:-1], 0), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def reset_dead(self) -> None:
+        """No codebook, nothing to reset."""
+
+
+Quantizer = VectorQuantizer | FiniteScalarQuantizer | TanhBottleneck
+QUANTIZERS = {"vq": VectorQuantizer, "fsq": FiniteScalarQuantizer, "tanh": TanhBottleneck}
 
 
 def build_quantizer(config: QuantizerConfig, *, rngs: nnx.Rngs) -> Quantizer:
     """The bottleneck that the config names."""
-    return (VectorQuantizer if config.kind == "vq" else FiniteScalarQuantizer)(config, rngs=rngs)
+    return QUANTIZERS[config.kind](config, rngs=rngs)
 
 
 def kmeans(points_SL: Array, centres: int, *, key: Array, iterations: int = 20) -> Array:

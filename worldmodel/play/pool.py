@@ -22,7 +22,8 @@ from jax import Array
 
 from common.errors import ConfigError
 from worldmodel.models.dynamics import UNKNOWN_ACTION
-from worldmodel.rollout.sampling import LiveSampling, sample_live_frames
+from worldmodel.models.token_dynamics import MaskGitDynamics
+from worldmodel.rollout.maskgit import LiveSampling, sample_live_frames
 from worldmodel.rollout.world import World
 from worldmodel.train.state import Functional, values_of
 
@@ -68,7 +69,17 @@ class DreamPool:
         if slots < 1:
             raise ConfigError(f"{slots} players: expected at least 1")
         blocks = world.config.dynamics.blocks
-        self.world, self.slots = world, slots
+        if not isinstance(world.dynamics, MaskGitDynamics):
+            raise ConfigError(
+                f"{world.source}: the player steps maskgit dynamics, this world has {world.config.dynamics.kind}; "
+                "look at it with `python -m worldmodel rollout`"
+            )
+        if blocks.mixer == "mamba2":
+            raise ConfigError(
+                f"{world.source}: rewinding rebuilds a memory from the last frames, that of mamba2 holds all frames; "
+                "look at it with `python -m worldmodel rollout`"
+            )
+        self.world, self.slots, self.num_codes = world, slots, world.dynamics.num_codes
         self.tokens = world.dynamics.frame.tokens
         self.replay_frames = max(1, blocks.layers * (blocks.temporal_window - 1))
         self.clock_limit = CLOCK_LIMIT

@@ -285,7 +285,7 @@ class GameHost:
             "clips": [clip.name for clip in self.clips],
             "tokens": self.pool.tokens,
             "warn_bits": self.warn_bits,
-            "most_bits": math.log2(self.pool.world.dynamics.num_codes),
+            "most_bits": math.log2(self.pool.num_codes),
             "max_fps": MAX_FPS,
             "record_frames": self.config.limits.record_frames,
             **self._state(player.session),

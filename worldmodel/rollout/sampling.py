@@ -1,13 +1,10 @@
-"""MaskGIT sampling of future frames: exact schedule, true confidences, exact temporal key/value cache.
+"""Rollouts of every kind of dynamics: a sampler of one frame, and the exact memory of the frames before it.
 
-Legend: B batch · T time · N tokens of a frame · P prompt frames (players in `LiveSampling`) · F future frames ·
-A transitions · V codes · D width · S decode steps.
+Legend: B batch · T time · N tokens of a frame · P prompt frames · F future frames · A transitions · D width · X a
+frame's axes: N for tokens, N L for latents.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,257 +13,142 @@ from jax import Array
 
 from common.errors import ConfigError
 from worldmodel.config import RolloutConfig
-from worldmodel.models.blocks import LayerMemory
+from worldmodel.models.blocks import Memory
+from worldmodel.models.diffusion import DiffusionDynamics
 from worldmodel.models.dynamics import Dynamics
-
-
-def mask_counts(tokens: int, steps: int) -> tuple[int, ...]:
-    """How many tokens stay masked after each decode step: a cosine schedule made exact.
-
-    Source: Chang et al., "MaskGIT" (2022), section 3.3, cosine schedule. Ours rounds so that every step fixes at least
-    one token and the last leaves none; more steps than tokens are not run.
-
-    Args:
-        tokens: N, all masked at first.
-        steps: decode steps wanted.
-
-    Returns:
-        Strictly decreasing counts, the last 0, of length min(steps, tokens).
-    """
-    steps = min(steps, tokens)
-    counts: list[int] = []
-    left = tokens
-    for step in range(1, steps + 1):
-        wanted = round(tokens * float(np.cos(0.5 * np.pi * step / steps)))
-        left = max(min(wanted, left - 1), steps - step)
-        counts.append(left)
-    return tuple(counts)
-
-
-def unmask_step(
-    logits_BNV: Array,
-    drawn_BN: Array,
-    tokens_BN: Array,
-    masked_BN: Array,
-    left: Array | int,
-    choice_noise_BN: Array | None,
-) -> tuple[Array, Array]:
-    """Write the drawn tokens where a frame is masked, then mask the least confident of them again.
-
-    Args:
-        logits_BNV: float32, on the model's own scale.
-        drawn_BN: tokens drawn from them.
-        tokens_BN: the frame so far.
-        masked_BN: True where it is still open.
-        left: how many tokens stay masked, one number or one a clip (B, 1).
-        choice_noise_BN: added to log-probabilities before they are ranked.
-
-    Returns:
-        Tokens and mask after this step; with `left` = 0 nothing is masked.
-    """
-    tokens_BN = jnp.where(masked_BN, drawn_BN.astype(jnp.int32), tokens_BN)
-    log_probs_BNV = jax.nn.log_softmax(logits_BNV, axis=-1)
-    confidence_BN = jnp.take_along_axis(log_probs_BNV, drawn_BN[..., None], axis=-1)[..., 0]
-    if choice_noise_BN is not None:
-        confidence_BN = confidence_BN + choice_noise_BN
-    confidence_BN = jnp.where(masked_BN, confidence_BN, jnp.inf)  # what is fixed stays fixed
-    rank_BN = jnp.argsort(jnp.argsort(confidence_BN, axis=-1, stable=True), axis=-1, stable=True)
-    return tokens_BN, rank_BN < left
-
-
-def sample_frame(
-    logits_of: Callable[[Array, Array], Array], shape_BN: tuple[int, int], config: RolloutConfig, key: Array
-) -> Array:
-    """Fill in one frame, most confident tokens first.
-
-    Args:
-        logits_of: (tokens, masked) -> float32 logits (B, N, V) on the model's own scale.
-        shape_BN: clips and tokens.
-        config: decode steps and temperatures.
-        key: random key; unused where both temperatures are 0.
-
-    Returns:
-        int32 tokens (B, N).
-    """
-    tokens_BN = jnp.zeros(shape_BN, jnp.int32)
-    masked_BN = jnp.ones(shape_BN, bool)
-    for index, left in enumerate(mask_counts(shape_BN[1], config.decode_steps)):
-        logits_BNV = logits_of(tokens_BN, masked_BN)
-        token_key, choice_key = jax.random.split(jax.random.fold_in(key, index))
-        if config.temperature > 0.0:
-            drawn_BN = jax.random.categorical(token_key, logits_BNV / config.temperature)
-        else:
-            drawn_BN = jnp.argmax(logits_BNV, axis=-1)
-        noise_BN = None
-        if config.choice_temperature > 0.0:
-            noise_BN = config.choice_temperature * (left / shape_BN[1]) * jax.random.gumbel(choice_key, shape_BN)
-        tokens_BN, masked_BN = unmask_step(logits_BNV, drawn_BN, tokens_BN, masked_BN, left, noise_BN)
-    return tokens_BN
-
-
-class LiveSampling(NamedTuple):
-    """How each of several players samples, as arrays: changing a value compiles nothing."""
-
-    temperature_P: Array
-    """float32; 0 takes the most likely token."""
-    decode_steps_P: Array
-    """int32 in 1..N."""
-
-
-def sample_live_frames(
-    logits_of: Callable[[Array, Array], Array], tokens: int, sampling: LiveSampling, keys_P: Array
-) -> tuple[Array, Array]:
-    """`sample_frame` for players who each have their own temperature, decode steps and noise.
-
-    A player's tokens do not depend on who else is in the batch: noise is drawn from the player's own key, and passes
-    beyond a player's own decode steps leave that frame as it is.
-
-    Args:
-        logits_of: (tokens, masked) -> float32 logits (P, N, V) on the model's own scale.
-        tokens: N.
-        sampling: settings of the P players.
-        keys_P: random key of each player's frame.
-
-    Returns:
-        int32 tokens (P, N), and float32 (P, N) the entropy in bits of each token's distribution when the whole frame
-        was still masked: what the model did not know before it chose anything.
-    """
-    counts_SN = np.zeros((tokens + 1, tokens), np.int32)
-    for steps in range(1, tokens + 1):
-        counts_SN[steps, :steps] = mask_counts(tokens, steps)
-    steps_P = jnp.clip(sampling.decode_steps_P, 1, tokens)
-    left_PN = jnp.asarray(counts_SN)[steps_P]
-    warm = jnp.any(sampling.temperature_P > 0.0)
-
-    def one_pass(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        tokens_PN, masked_PN, entropy_PN = state
-        logits_PNV = logits_of(tokens_PN, masked_PN)
-
-        def noisy() -> Array:  # argmax(logits + T g) with Gumbel noise g is a draw from softmax(logits / T)
-            draw = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, index), logits_PNV.shape[1:]))
-            return logits_PNV + sampling.temperature_P[:, None, None] * draw(keys_P)
-
-        drawn_PN = jnp.argmax(jax.lax.cond(warm, noisy, lambda: logits_PNV), axis=-1)
-        left_P1 = jax.lax.dynamic_slice_in_dim(left_PN, index, 1, axis=1)
-        entropy_PN = jnp.where(index == 0, entropy_bits(logits_PNV), entropy_PN)
-        return *unmask_step(logits_PNV, drawn_PN, tokens_PN, masked_PN, left_P1, None), entropy_PN
-
-    shape_PN = (keys_P.shape[0], tokens)
-    start = (jnp.zeros(shape_PN, jnp.int32), jnp.ones(shape_PN, bool), jnp.zeros(shape_PN, jnp.float32))
-    tokens_PN, _, entropy_PN = jax.lax.fori_loop(0, jnp.max(steps_P), one_pass, start)
-    return tokens_PN, entropy_PN
-
-
-def entropy_bits(logits_XV: Array) -> Array:
-    """Entropy (...,) in bits of the softmax over the last axis."""
-    log_probs_XV = jax.nn.log_softmax(logits_XV, axis=-1)
-    return -jnp.sum(jnp.exp(log_probs_XV) * log_probs_XV, axis=-1) / np.log(2.0)
+from worldmodel.models.token_dynamics import CausalDynamics, MaskGitDynamics
+from worldmodel.rollout.causal import sample_frame_in_order
+from worldmodel.rollout.denoising import denoise_frame, step_exponent
+from worldmodel.rollout.maskgit import sample_frame
 
 
 def cached_next_frame(
-    model: Dynamics,
-    memory: list[LayerMemory],
-    action_BD: Array,
-    time: Array,
-    config: RolloutConfig,
-    key: Array,
-) -> tuple[Array, list[LayerMemory]]:
+    model: Dynamics, memory: Memory, action_BD: Array, time: Array, config: RolloutConfig, key: Array
+) -> tuple[Array, Memory]:
     """Sample frame number `time` and remember it.
 
     Args:
-        model: dynamics.
-        memory: keys and values of the frames before.
+        model: dynamics of any kind.
+        memory: of the frames before.
         action_BD: conditioning of this frame.
         time: int32 scalar.
         config: sampling.
-        key: random key.
+        key: random key of the whole rollout; a frame's noise depends on it and on `time`.
 
     Returns:
-        Tokens (B, N) and the memory with the finished frame.
+        The frame (B, N) or (B, N, L) and the memory with it.
     """
+    shape_BN = (action_BD.shape[0], model.frame.tokens)
+    frame_key = jax.random.fold_in(key, time)
+    if isinstance(model, MaskGitDynamics):
+        frame_BX = sample_frame(
+            lambda tokens, masked: model.cached_logits(tokens, masked, action_BD, memory, time)[0],
+            shape_BN, config, frame_key,
+        )  # fmt: skip
+    elif isinstance(model, CausalDynamics):
+        frame_BX = sample_frame_in_order(
+            lambda tokens: model.cached_logits(tokens, action_BD, memory, time), shape_BN, config, frame_key
+        )
+    else:
+        assert isinstance(model, DiffusionDynamics)
+        exponent = step_exponent(model.config.diffusion, config.decode_steps)
+        data_BNL = denoise_frame(
+            lambda x, level: model.cached_data(x, level, exponent, action_BD, memory, time),
+            (*shape_BN, model.latent_dim), model.config.diffusion.levels, config, frame_key,
+        )  # fmt: skip
+        frame_BX = model.to_latent(data_BNL)
+    return frame_BX, model.remember(frame_BX, action_BD, memory, time, key)
 
-    def logits_of(tokens_BN: Array, masked_BN: Array) -> Array:
-        return model.cached_logits(tokens_BN, masked_BN, action_BD, memory, time)[0]
 
-    tokens_BN = sample_frame(logits_of, (action_BD.shape[0], model.frame.tokens), config, key)
-    return tokens_BN, model.cached_logits(tokens_BN, None, action_BD, memory, time)[1]
+def whole_next_frame(
+    model: Dynamics, history_BPX: Array, action_BTD: Array, config: RolloutConfig, key: Array
+) -> Array:
+    """As `cached_next_frame` from all frames before, each recomputed: slow, for tests."""
+    shape_BN, time = (action_BTD.shape[0], model.frame.tokens), history_BPX.shape[1]
+    frame_key = jax.random.fold_in(key, time)
+    if isinstance(model, DiffusionDynamics):
+        exponent = step_exponent(model.config.diffusion, config.decode_steps)
+        known = jnp.stack([model.as_context(history_BPX[:, t], jnp.int32(t), key) for t in range(time)], axis=1)
+        data_BNL = denoise_frame(
+            lambda x, level: model.next_frame_data(known, x, level, exponent, action_BTD),
+            (*shape_BN, model.latent_dim), model.config.diffusion.levels, config, frame_key,
+        )  # fmt: skip
+        return model.to_latent(data_BNL)
+
+    def whole(tokens_BN: Array) -> Array:
+        return jnp.concatenate([history_BPX, tokens_BN[:, None]], axis=1)
+
+    if isinstance(model, CausalDynamics):
+        return sample_frame_in_order(
+            lambda tokens: model(whole(tokens), action_BTD)[:, -1], shape_BN, config, frame_key
+        )
+    assert isinstance(model, MaskGitDynamics)
+    return sample_frame(
+        lambda tokens, masked: model.next_frame_logits(whole(tokens), masked, action_BTD), shape_BN, config, frame_key
+    )
 
 
-def remember_prompt(model: Dynamics, prompt_BPN: Array, action_BTD: Array) -> list[LayerMemory]:
+def remember_prompt(model: Dynamics, prompt_BPX: Array, action_BTD: Array, key: Array) -> Memory:
     """Memory of the true prompt frames.
 
     Args:
         model: dynamics.
-        prompt_BPN: tokens.
+        prompt_BPX: tokens or latents.
         action_BTD: conditioning of at least the P prompt frames.
+        key: random key of the whole rollout.
 
     Returns:
-        Keys and values of every layer.
+        What every layer remembers.
     """
 
-    def remember(memory: list[LayerMemory], inputs: tuple[Array, Array, Array]) -> tuple[list[LayerMemory], None]:
-        tokens_BN, action_BD, time = inputs
-        return model.cached_logits(tokens_BN, None, action_BD, memory, time)[1], None
+    def remember(memory: Memory, inputs: tuple[Array, Array, Array]) -> tuple[Memory, None]:
+        frame_BX, action_BD, time = inputs
+        return model.remember(frame_BX, action_BD, memory, time, key), None
 
-    P = prompt_BPN.shape[1]
-    inputs = (prompt_BPN.swapaxes(0, 1), action_BTD[:, :P].swapaxes(0, 1), jnp.arange(P))
-    memory, _ = jax.lax.scan(remember, model.blocks.empty_memory(prompt_BPN.shape[0]), inputs)
+    P = prompt_BPX.shape[1]
+    inputs = (prompt_BPX.swapaxes(0, 1), action_BTD[:, :P].swapaxes(0, 1), jnp.arange(P))
+    memory, _ = jax.lax.scan(remember, model.blocks.empty_memory(prompt_BPX.shape[0]), inputs)
     return memory
 
 
-def rollout_tokens(model: Dynamics, prompt_BPN: Array, actions_BA: Array, config: RolloutConfig, key: Array) -> Array:
-    """Tokens of the frames that follow a prompt.
+def rollout_frames(model: Dynamics, prompt_BPX: Array, actions_BA: Array, config: RolloutConfig, key: Array) -> Array:
+    """The frames that follow a prompt.
 
     Args:
         model: dynamics.
-        prompt_BPN: tokens of the true first frames.
+        prompt_BPX: tokens or latents of the true first frames.
         actions_BA: action numbers of the P - 1 + F transitions from frame 0 on (-1 unknown).
         config: sampling; `horizon` is F.
         key: random key; the same key gives the same noise whatever the actions.
 
     Returns:
-        int32 (B, F, N).
+        int32 tokens (B, F, N) or float32 latents (B, F, N, L).
 
     Raises:
-        ConfigError: too few actions, an action outside the model's range (checked by `check_actions`), or a rollout
-            longer than a learned time table.
+        ConfigError: too few actions, an action outside the model's range (checked by `check_actions`), a number of
+            steps that a shortcut model was not trained for, or a rollout longer than a learned time table.
     """
-    P, F = prompt_BPN.shape[1], config.horizon
+    P, F = prompt_BPX.shape[1], config.horizon
     if actions_BA.shape[1] < P - 1 + F:
         raise ConfigError(f"{P} prompt frames and {F} future ones need {P - 1 + F} actions, got {actions_BA.shape[1]}")
     model.blocks.check_length(P + F)
     action_BTD = model.shift_actions(model.embed_action_codes(actions_BA[:, : P - 1 + F]))
     if not config.use_cache:
-        return _rollout_without_cache(model, prompt_BPN, action_BTD, config, key)
-    memory = remember_prompt(model, prompt_BPN, action_BTD)
+        history_BTX = prompt_BPX
+        for time in range(P, P + F):
+            frame_BX = whole_next_frame(model, history_BTX, action_BTD[:, : time + 1], config, key)
+            history_BTX = jnp.concatenate([history_BTX, frame_BX[:, None]], axis=1)
+        return history_BTX[:, P:]
+    memory = remember_prompt(model, prompt_BPX, action_BTD, key)
 
-    def advance(memory: list[LayerMemory], inputs: tuple[Array, Array]) -> tuple[list[LayerMemory], Array]:
+    def advance(memory: Memory, inputs: tuple[Array, Array]) -> tuple[Memory, Array]:
         action_BD, time = inputs
-        tokens_BN, memory = cached_next_frame(model, memory, action_BD, time, config, jax.random.fold_in(key, time))
-        return memory, tokens_BN
+        frame_BX, memory = cached_next_frame(model, memory, action_BD, time, config, key)
+        return memory, frame_BX
 
     times = jnp.arange(P, P + F)
-    _, tokens_FBN = jax.lax.scan(advance, memory, (action_BTD[:, P:].swapaxes(0, 1), times))
-    return tokens_FBN.swapaxes(0, 1)
-
-
-def _rollout_without_cache(
-    model: Dynamics, prompt_BPN: Array, action_BTD: Array, config: RolloutConfig, key: Array
-) -> Array:
-    history_BTN = prompt_BPN
-    for time in range(prompt_BPN.shape[1], prompt_BPN.shape[1] + config.horizon):
-        action_BSD = action_BTD[:, : time + 1]
-
-        def logits_of(
-            tokens_BN: Array, masked_BN: Array, past: Array = history_BTN, action_BSD: Array = action_BSD
-        ) -> Array:
-            whole_BTN = jnp.concatenate([past, tokens_BN[:, None]], axis=1)
-            return model.next_frame_logits(whole_BTN, masked_BN, action_BSD)
-
-        shape_BN = (prompt_BPN.shape[0], model.frame.tokens)
-        tokens_BN = sample_frame(logits_of, shape_BN, config, jax.random.fold_in(key, time))
-        history_BTN = jnp.concatenate([history_BTN, tokens_BN[:, None]], axis=1)
-    return history_BTN[:, prompt_BPN.shape[1] :]
+    _, frames_FBX = jax.lax.scan(advance, memory, (action_BTD[:, P:].swapaxes(0, 1), times))
+    return frames_FBX.swapaxes(0, 1)
 
 
 def check_actions(actions: np.ndarray, num_actions: int, *, where: str) -> None:

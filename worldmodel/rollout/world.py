@@ -1,6 +1,7 @@
 """A trained world: tokenizer and dynamics together, compiled for use, from run folders or from an artifact.
 
-Legend: B batch · T time · H W C frame · N tokens · P prompt frames · F future frames · A transitions.
+Legend: B batch · T time · H W C pixels · X axes of a frame, N tokens or N L latents · P prompt frames · F future
+frames · A transitions.
 """
 
 from __future__ import annotations
@@ -12,44 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from common.errors import ConfigError
 from worldmodel.config import RolloutConfig, TrainConfig
 from worldmodel.data.records import read_manifest
-from worldmodel.models.dynamics import Dynamics, draw_mask
+from worldmodel.models.dynamics import Dynamics
+from worldmodel.models.token_dynamics import TokenDynamics
 from worldmodel.models.tokenizer import Tokenizer
-from worldmodel.rollout.sampling import cached_next_frame, check_actions, remember_prompt, rollout_tokens
+from worldmodel.rollout.sampling import cached_next_frame, check_actions, remember_prompt, rollout_frames
 from worldmodel.train.restore import load_dynamics, load_run_config, load_tokenizer
 from worldmodel.train.state import Functional, values_of
-
-
-def frame_bits(model: Dynamics, tokens_BTN: Array, actions_BA: Array) -> Array:
-    """Cross-entropy of each frame given all true earlier ones and the action, every token of it masked.
-
-    Args:
-        model: dynamics.
-        tokens_BTN: true tokens.
-        actions_BA: action numbers of the T - 1 transitions.
-
-    Returns:
-        float32 (B, T - 1) bits a frame, on the model's own (unscaled) logits.
-    """
-    action_BTD = model.shift_actions(model.embed_action_codes(actions_BA))
-    if model.config.masking == "current":
-        masked_BTN = draw_mask(jax.random.key(0), tokens_BTN.shape, 1.0, 1.0, per_frame=True)
-        logits_BTNV = model(tokens_BTN, action_BTD, masked_BTN).logits_BTNV[:, 1:]
-    else:
-        # One stream with all frames masked would hide the history too: score one frame at a time.
-        hidden_BN = jnp.ones((tokens_BTN.shape[0], tokens_BTN.shape[2]), bool)
-        frames = [
-            model.next_frame_logits(tokens_BTN[:, : t + 1], hidden_BN, action_BTD[:, : t + 1])
-            for t in range(1, tokens_BTN.shape[1])
-        ]
-        logits_BTNV = jnp.stack(frames, axis=1)
-    nats_BTN = optax.softmax_cross_entropy_with_integer_labels(logits_BTNV, tokens_BTN[:, 1:])
-    return jnp.sum(nats_BTN, axis=-1) / jnp.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -96,14 +70,19 @@ class World:
         functional = self._functional[1]
 
         def run(values: Any, prompt: Array, actions: Array, key: Array, config: RolloutConfig) -> Array:
-            return rollout_tokens(functional.merge(*values), prompt, actions, config, key)
+            return rollout_frames(functional.merge(*values), prompt, actions, config, key)
 
         return jax.jit(run, static_argnames="config")
 
     @cached_property
     def _bits(self) -> Any:
         functional = self._functional[1]
-        return jax.jit(lambda values, *inputs: frame_bits(functional.merge(*values), *inputs))
+
+        def bits(values: Any, tokens_BTN: Array, actions_BA: Array) -> Array:
+            model = functional.merge(*values)
+            return model.frame_bits(tokens_BTN, model.shift_actions(model.embed_action_codes(actions_BA)))
+
+        return jax.jit(bits)
 
     def sharing(self, other: World) -> World:
         """This world, using what another of the same configuration has compiled (values are arguments there)."""
@@ -115,17 +94,22 @@ class World:
             self.__dict__["_infer"] = other._infer
         return self
 
+    @property
+    def discrete(self) -> bool:
+        """Whether frames are tokens, which have a likelihood in bits; latents have none here."""
+        return isinstance(self.dynamics, TokenDynamics)
+
     def bits(self, tokens_BTN: Array, actions_BA: np.ndarray) -> Array:
-        """Teacher-forced bits (B, T - 1) of every frame but the first. See `frame_bits`."""
+        """Teacher-forced bits (B, T - 1) of every frame but the first. See `TokenDynamics.frame_bits`."""
         return self._bits(self._values[1], tokens_BTN, actions_BA)
 
     def encode(self, frames_BTHWC: np.ndarray) -> Array:
-        """Frames to tokens (B, T, N)."""
+        """Frames to tokens (B, T, N) or latents (B, T, N, L)."""
         return self._encode(self._values[0], frames_BTHWC)
 
-    def decode(self, tokens_BTN: Array) -> Array:
-        """Tokens to frames in 0..1."""
-        return self._decode(self._values[0], tokens_BTN)
+    def decode(self, frames_BTX: Array) -> Array:
+        """Tokens or latents to frames in 0..1."""
+        return self._decode(self._values[0], frames_BTX)
 
     def actions_of(self, frames_BTHWC: np.ndarray, actions_BT: np.ndarray) -> np.ndarray:
         """The actions that drive this world on true clips: recorded, or inferred latent ones (B, T - 1)."""
@@ -133,18 +117,18 @@ class World:
             return np.asarray(self._infer(self._values[1], frames_BTHWC))
         return actions_BT[:, :-1]
 
-    def rollout(self, prompt_BPN: Array, actions_BA: np.ndarray, config: RolloutConfig, key: Array) -> Array:
-        """Tokens (B, F, N) that follow the prompt. See `rollout_tokens`."""
+    def rollout(self, prompt_BPX: Array, actions_BA: np.ndarray, config: RolloutConfig, key: Array) -> Array:
+        """Tokens (B, F, N) or latents (B, F, N, L) that follow the prompt. See `rollout_frames`."""
         check_actions(np.asarray(actions_BA), self.dynamics.num_actions, where="rollout")
-        return self._rollout(self._values[1], prompt_BPN, actions_BA, key, config)
+        return self._rollout(self._values[1], prompt_BPX, actions_BA, key, config)
 
     def frames_after(
         self, frames_BTHWC: np.ndarray, actions_BA: np.ndarray, config: RolloutConfig, key: Array
     ) -> Array:
         """Dreamed frames (B, F, H, W, C) in 0..1 after the first `prompt_frames` true ones."""
-        prompt_BPN = self.encode(frames_BTHWC[:, : config.prompt_frames])
-        future_BFN = self.rollout(prompt_BPN, actions_BA, config, key)
-        return self.decode(jnp.concatenate([prompt_BPN, future_BFN], axis=1))[:, config.prompt_frames :]
+        prompt_BPX = self.encode(frames_BTHWC[:, : config.prompt_frames])
+        future_BFX = self.rollout(prompt_BPX, actions_BA, config, key)
+        return self.decode(jnp.concatenate([prompt_BPX, future_BFX], axis=1))[:, config.prompt_frames :]
 
     def player(self, config: RolloutConfig) -> Player:
         """Frame-by-frame interface for interactive use."""
@@ -162,25 +146,26 @@ class Player:
         tokenizer, dynamics = Functional(world.tokenizer), Functional(world.dynamics)
         values = (values_of(world.tokenizer), values_of(world.dynamics))
 
-        def start(values: Any, prompt_BPN: Array, actions_BA: Array) -> Any:
+        def start(values: Any, prompt_BPX: Array, actions_BA: Array, key: Array) -> Any:
             model = dynamics.merge(*values[1])
-            return remember_prompt(model, prompt_BPN, model.shift_actions(model.embed_action_codes(actions_BA)))
+            action_BPD = model.shift_actions(model.embed_action_codes(actions_BA))
+            return remember_prompt(model, prompt_BPX, action_BPD, key)
 
-        def step(values: Any, memory: Any, recent_BSN: Array, action_B: Array, time: Array, key: Array) -> Any:
+        def step(values: Any, memory: Any, recent_BSX: Array, action_B: Array, time: Array, key: Array) -> Any:
             model = dynamics.merge(*values[1])
             action_BD = model.embed_action_codes(action_B[:, None])[:, 0]
-            tokens_BN, memory = cached_next_frame(model, memory, action_BD, time, config, jax.random.fold_in(key, time))
-            recent_BSN = jnp.concatenate([recent_BSN, tokens_BN[:, None]], axis=1)[:, -self._context :]
-            return memory, recent_BSN, tokenizer.merge(*values[0]).decode(recent_BSN)[:, -1]
+            frame_BX, memory = cached_next_frame(model, memory, action_BD, time, config, key)
+            recent_BSX = jnp.concatenate([recent_BSX, frame_BX[:, None]], axis=1)[:, -self._context :]
+            return memory, recent_BSX, tokenizer.merge(*values[0]).decode(recent_BSX)[:, -1]
 
         self._values, self._start, self._step = values, jax.jit(start), jax.jit(step, donate_argnums=1)
         self._time = 0
 
     def reset(self, frames_BPHWC: np.ndarray, actions_BA: np.ndarray, key: Array) -> None:
         """Begin from true frames and the actions between them."""
-        prompt_BPN = self._world.encode(frames_BPHWC)
-        self._memory = self._start(self._values, prompt_BPN, actions_BA)
-        self._recent, self._time, self._key = prompt_BPN[:, -self._context :], prompt_BPN.shape[1], key
+        prompt_BPX = self._world.encode(frames_BPHWC)
+        self._memory = self._start(self._values, prompt_BPX, actions_BA, key)
+        self._recent, self._time, self._key = prompt_BPX[:, -self._context :], prompt_BPX.shape[1], key
         if self._recent.shape[1] < self._context:
             first = jnp.repeat(self._recent[:, :1], self._context - self._recent.shape[1], axis=1)
             self._recent = jnp.concatenate([first, self._recent], axis=1)
@@ -194,6 +179,11 @@ class Player:
         )
         self._time += 1
         return frame_BHWC
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the dynamics remembers of the past; call after `reset`."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._memory))
 
     def flops_per_frame(self) -> float:
         """Floating-point operations of one step, counted by the compiler; call after `reset`."""

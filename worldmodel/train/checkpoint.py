@@ -1,17 +1,31 @@
-"""Orbax checkpoints of a run (model, optimizer, key, loader state, config): asynchronous, atomic, with retention."""
+"""Orbax checkpoints of a run (model, optimizer, key, loader state, config): asynchronous, atomic, with retention.
+
+Each carries checksums of what was in memory. A checkpoint is read back and held against them once it is written, before
+the next one begins (and so before an older one goes); a restored one is held against them again.
+"""
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, StorageError
 from worldmodel.config import resume_differences
 from worldmodel.train.state import Tree, flatten_names
+
+# Orbax and TensorStore raise anything for a file that is not what they wrote, plain Exception too.
+DAMAGE = Exception
+CHECKSUM_VALUES = 1 << 20  # values summed at once
 
 
 def encode_loader_state(state: Any) -> dict[str, Any]:
@@ -22,8 +36,75 @@ def encode_loader_state(state: Any) -> dict[str, Any]:
 
 
 def decode_loader_state(value: dict[str, Any]) -> Any:
-    """Inverse of `encode_loader_state`."""
-    return base64.b64decode(value["value"]) if value["kind"] == "bytes" else value["value"]
+    """Inverse of `encode_loader_state`. Raises CheckpointError for anything else."""
+    try:
+        return base64.b64decode(value["value"]) if value["kind"] == "bytes" else value["value"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"loader state {str(value)[:80]} is not one that a checkpoint holds") from error
+
+
+def checksum(x: Any) -> int:
+    """Position-weighted sum modulo 2**64 of an array's bits, over this process's share of it.
+
+    The shares of all processes add up to the same number however the array is laid out. Weights are odd, so no single
+    value can change unnoticed.
+
+    Args:
+        x: NumPy or JAX array of any type and shape.
+
+    Returns:
+        In [0, 2**64).
+    """
+    shards = [(s.index, s.data) for s in x.addressable_shards if s.replica_id == 0] if isinstance(x, jax.Array) else [
+        ((slice(None),) * np.ndim(x), x)
+    ]  # fmt: skip
+    total = 0
+    for index, data in shards:
+        values = np.ascontiguousarray(np.asarray(data)).reshape(-1)
+        bits = values.view(f"u{values.dtype.itemsize}")
+        strides = [math.prod(x.shape[axis + 1 :]) for axis in range(len(x.shape))]
+        for first in range(0, values.size, CHECKSUM_VALUES):
+            place = np.arange(first, min(first + CHECKSUM_VALUES, values.size))
+            if values.size < x.size:  # a shard: places in the whole array
+                axes = zip(np.unravel_index(place, data.shape), index, strides, strict=True)
+                place = sum((at + (part.start or 0)) * stride for at, part, stride in axes)
+            weights = (2 * np.asarray(place, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            total += int((bits[first : first + CHECKSUM_VALUES] * weights).sum(dtype=np.uint64))
+    return total % 2**64
+
+
+def checksums(state: Tree) -> dict[str, str]:
+    """Checksum of every array of a state by name, over all processes; hexadecimal."""
+    names, sums = [], []
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        names.append(f"{name} {np.dtype(x.dtype).name} {tuple(x.shape)}")
+        sums.append(checksum(x))
+    if jax.process_count() > 1:
+        halves = np.array([[s & 0xFFFFFFFF, s >> 32] for s in sums], np.uint32)
+        every = np.asarray(multihost_utils.process_allgather(halves)).astype(np.uint64)
+        sums = [int(s) for s in (every[..., 0] + (every[..., 1] << np.uint64(32))).sum(axis=0, dtype=np.uint64)]
+    return dict(zip(names, (f"{s:016x}" for s in sums), strict=True))
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON under a checksum of its own."""
+    text = json.dumps(value, sort_keys=True)
+    return {"sealed": text, "blake2b": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+
+
+def unseal(value: Any, where: str) -> dict[str, Any]:
+    """Inverse of `seal`. Raises CheckpointError if it is not what was sealed."""
+    text = value.get("sealed") if isinstance(value, dict) else None
+    if not isinstance(text, str) or value.get("blake2b") != hashlib.blake2b(text.encode(), digest_size=16).hexdigest():
+        raise CheckpointError(f"{where}: configuration and loader state do not fit their checksum; it is damaged")
+    try:
+        sealed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: what is sealed is not JSON ({error})") from error
+    if not isinstance(sealed, dict):
+        raise CheckpointError(f"{where}: what is sealed is a {type(sealed).__name__}, expected an object")
+    return sealed
 
 
 class Checkpoints:
@@ -47,7 +128,11 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,  # what a killed process was writing
         )
+        self.passed_over: list[str] = []
+        self._failed = False
+        self._unverified: tuple[int, Tree, dict[str, str]] | None = None
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "extra"))
 
     @property
@@ -57,15 +142,51 @@ class Checkpoints:
 
     def save(self, step: int, state: Tree, *, config: dict[str, Any], loader_state: Any) -> None:
         """Start writing a checkpoint; the arrays are copied before this returns, so they may be donated."""
-        extra = {"config": config, "loader": encode_loader_state(loader_state)}
+        self.verify()
+        sums = checksums(state)
+        extra = seal({"config": config, "loader": encode_loader_state(loader_state), "checksums": sums})
         if jax.default_backend() == "cpu":
             # On the CPU the "transfer to host" is a view of the very buffer that the next step will reuse.
             state = jax.tree.map(lambda x: x.copy(), state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)),
-            force=True,
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)),
+                force=True,
+            )
+        except DAMAGE as error:
+            raise self._not_saved(step, error) from error
+        self._unverified = (step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state), sums)
+
+    def _not_saved(self, step: int, error: Exception) -> StorageError:
+        self._failed = True
+        return StorageError(
+            f"{self.path}/{step}: not saved ({type(error).__name__}: {str(error)[:300]}); free space or use another "
+            "disk. Older checkpoints are as they were: the same command goes on from the newest"
         )
+
+    def verify(self) -> None:
+        """Wait for the checkpoint in writing and read it back.
+
+        Raises:
+            StorageError: it cannot be written, or does not read as it was in memory.
+        """
+        if self._unverified is None:
+            return
+        (step, abstract, sums), self._unverified = self._unverified, None
+        try:
+            self._manager.wait_until_finished()
+            # Into host memory: what is asked for as NumPy comes as NumPy. Only shapes and types are looked at.
+            wanted = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            values = self._manager.restore(step, args=args)["state"]
+            if jax.process_index():  # every process reads the whole; one answers
+                values = jax.tree.map(np.zeros_like, values)
+            wrong = [name for name, value in checksums(values).items() if sums.get(name) != value]
+        except DAMAGE as error:
+            raise self._not_saved(step, error) from error
+        if wrong:
+            raise self._not_saved(step, ValueError(f"{wrong[0]} and {len(wrong) - 1} more read back otherwise"))
 
     def restore(self, target: Tree, *, config: dict[str, Any], step: int | None = None) -> tuple[int, Tree, Any]:
         """Read a checkpoint onto the devices (and in the layout) of `target`.
@@ -73,25 +194,66 @@ class Checkpoints:
         Args:
             target: tree of arrays or ShapeDtypeStructs with shardings.
             config: config that wants to continue.
-            step: which; the newest by default.
+            step: which; the newest sound one by default.
 
         Returns:
-            Step, state and loader state.
+            Step, state and loader state. Damaged steps are passed over (named in `passed_over`) and set aside.
 
         Raises:
-            CheckpointError: none there, another configuration, or damaged.
+            CheckpointError: none there, another configuration, or all damaged.
         """
-        step = self.latest if step is None else step
-        if step is None:
+        candidates = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        if not candidates:
             raise CheckpointError(f"{self.path}: no complete checkpoint to restore")
-        extra = self._read(step, "extra", ocp.args.JsonRestore())
-        differences = resume_differences(extra["config"], config)
-        if differences:
-            raise CheckpointError(f"{self.path}/{step} is of another configuration: {'; '.join(differences[:4])}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        state = self._read(step, "state", ocp.args.StandardRestore(abstract))
-        # A state restored into donated buffers must own its memory: copy once, here.
-        return step, jax.tree.map(lambda x: x.copy(), state), decode_loader_state(extra["loader"])
+        damaged: list[int] = []
+        for candidate in candidates:
+            try:
+                extra = self._extra(candidate)
+                differences = resume_differences(extra["config"], config)
+                if not differences:
+                    state = self._read(candidate, "state", ocp.args.StandardRestore(abstract))
+                    self._compare(candidate, state, extra)
+            except CheckpointError as error:
+                self.passed_over.append(f"{error}; trying the one before it")
+                damaged.append(candidate)
+                continue
+            if differences:
+                raise CheckpointError(
+                    f"{self.path}/{candidate} is of another configuration: {'; '.join(differences[:4])}"
+                )
+            self._set_aside(damaged)
+            # A state restored into donated buffers must own its memory: copy once, here.
+            return candidate, jax.tree.map(lambda x: x.copy(), state), decode_loader_state(extra["loader"])
+        raise CheckpointError("; ".join([*self.passed_over, "none is left: delete them to start over"]))
+
+    def _extra(self, step: int) -> dict[str, Any]:
+        """Configuration, loader state and checksums of a step. Raises CheckpointError."""
+        extra = unseal(self._read(step, "extra", ocp.args.JsonRestore()), f"{self.path}/{step}")
+        parts = ("config", "loader", "checksums")
+        if set(extra) != set(parts) or not all(isinstance(extra[part], dict) for part in parts):
+            raise CheckpointError(f"{self.path}/{step}: holds {sorted(extra)}, expected config, loader and checksums")
+        return extra
+
+    def _compare(self, step: int, state: Tree, extra: dict[str, Any]) -> None:
+        wrong = [name for name, value in checksums(state).items() if extra["checksums"].get(name) != value]
+        if wrong:
+            raise CheckpointError(
+                f"{self.path}/{step}: {wrong[0]} and {len(wrong) - 1} more do not fit their checksums; it is damaged"
+            )
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Move damaged steps out of the way, so that they can be written anew."""
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            aside = self.path.parent / "checkpoints-damaged"
+            aside.mkdir(exist_ok=True)
+            for step in damaged:
+                (self.path / str(step)).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
 
     def restore_values(self, target: Tree, step: int | None = None) -> Tree:
         """Part of a checkpoint for inference (params, stats, ema), without optimizer state.
@@ -118,21 +280,23 @@ class Checkpoints:
             expected = flatten_names(abstract)[name]
             if tuple(value.shape) != tuple(expected.shape):
                 raise CheckpointError(f"{self.path}/{step}: {name} has shape {value.shape}, expected {expected.shape}")
+        self._compare(step, state, self._extra(step))
         return state
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except DAMAGE as error:
             raise CheckpointError(
                 f"{self.path}/{step}: cannot restore {item!r} ({type(error).__name__}: {str(error)[:300]}); "
                 "it is damaged or of another model: delete that step to fall back to an older one"
             ) from error
 
-    def wait(self) -> None:
-        """Until all writing is done."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Finish writing and release threads."""
-        self._manager.close()
+        """Finish writing, verify and release threads. Raises as `verify`."""
+        try:
+            self.verify()
+        finally:
+            # What could not be saved has been said; Orbax says it again.
+            with contextlib.suppress(DAMAGE) if self._failed else contextlib.nullcontext():
+                self._manager.close()

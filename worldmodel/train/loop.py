@@ -5,11 +5,13 @@ Legend: B batch · T time.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -20,7 +22,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from common.errors import ConfigError, DataError
+from common.console import TrainingConsole, peak_memory_bytes
+from common.errors import ConfigError, DataError, TrainingError
+from common.files import write_atomically
 from worldmodel.config import TrainConfig, to_dict
 from worldmodel.data.pipeline import make_loader
 from worldmodel.data.records import open_dataset
@@ -28,7 +32,13 @@ from worldmodel.data.tokenize import tokenizer_sha256
 from worldmodel.data.tokens import require_tokenizer
 from worldmodel.runs import RunFolder, RunLog
 from worldmodel.train.checkpoint import Checkpoints
-from worldmodel.train.objectives import DynamicsObjective, LamObjective, Objective, TokenizerObjective
+from worldmodel.train.objectives import (
+    DynamicsObjective,
+    JepaObjective,
+    LamObjective,
+    Objective,
+    TokenizerObjective,
+)
 from worldmodel.train.optim import make_optimizer
 from worldmodel.train.restore import load_lam, load_tokenizer
 from worldmodel.train.state import Functional, Tree, make_mesh, place_batch, state_shardings, values_of
@@ -99,6 +109,8 @@ def make_objective(config: TrainConfig, num_actions: int) -> Objective:
         return TokenizerObjective(config)
     if config.stage == "lam":
         return LamObjective(config)
+    if config.stage == "jepa":
+        return JepaObjective(config, num_actions=num_actions)
     if not config.tokenizer_run:
         raise ConfigError("stage dynamics needs tokenizer_run, the run folder of a trained tokenizer")
     tokenizer = load_tokenizer(config.tokenizer_run, expected=config.tokenizer)
@@ -135,6 +147,7 @@ def initial_state(
         "opt": make_optimizer(config.optim, config.steps).init(params),
         "ema": jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {},
         "key": jax.random.key_data(run_key),
+        "skipped": jnp.zeros((), jnp.int32),
     }
     return Functional(model), state
 
@@ -142,7 +155,10 @@ def initial_state(
 def make_step(
     config: TrainConfig, objective: Objective, functional: Functional, mesh: Mesh, state: Tree
 ) -> Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, dict[str, Array]]]:
-    """The compiled training step: (state, frozen, batch) -> (state, scalars); the old state's buffers are reused."""
+    """The compiled training step: (state, frozen, batch) -> (state, scalars); the old state's buffers are reused.
+
+    A step whose loss or gradient is not finite moves the step's number and `skipped`, nothing else.
+    """
     optimizer = make_optimizer(config.optim, config.steps)
 
     def step(state: Tree, frozen: Tree, batch: dict[str, Array]) -> tuple[Tree, dict[str, Array]]:
@@ -163,10 +179,13 @@ def make_step(
             # Early averages would remember the initial weights: the decay grows with the step.
             decay = jnp.minimum(config.optim.ema, (1.0 + state["step"]) / (10.0 + state["step"]))
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
-        new_state = {
-            "step": state["step"] + 1, "params": params, "stats": stats, "opt": opt, "ema": ema, "key": state["key"]
-        }  # fmt: skip
-        return new_state, {"loss": loss, "grad_norm": optax.global_norm(grads), **scalars}
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = {"params": params, "stats": stats, "opt": opt, "ema": ema}
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {name: state[name] for name in new})
+        skipped = state["skipped"] + jnp.where(finite, 0, 1)
+        new_state = {**kept, "step": state["step"] + 1, "key": state["key"], "skipped": skipped}
+        return new_state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **scalars}
 
     shardings = state_shardings(state, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -208,6 +227,12 @@ def hardware_line() -> str:
     return f"{jax.device_count()} x {kinds} ({jax.default_backend()}), {os.cpu_count()} CPU cores"
 
 
+def held_memory_bytes() -> int:
+    """The most memory held at once: of the first device where it says so, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("peak_bytes_in_use", 0)) or peak_memory_bytes()
+
+
 def request_determinism(config: TrainConfig) -> None:
     """Ask XLA for deterministic GPU kernels; it reads the flag when the backend starts, so call this first."""
     flag = "--xla_gpu_deterministic_ops=true"
@@ -222,6 +247,7 @@ def train(
     overwrite: bool = False,
     source: Source | None = None,
     on_step: Callable[[int], None] | None = None,
+    console: TrainingConsole | None = None,
 ) -> dict[str, Any]:
     """Train one stage to its end, or until a stop signal; run it again to continue.
 
@@ -229,15 +255,32 @@ def train(
         config: what to train.
         overwrite: discard an earlier run in the same folder.
         source: data; opened from the config by default.
-        on_step: called after each step with its number (progress bars, tests).
+        on_step: called after each step with its number (tests).
+        console: what is shown meanwhile; a bar or lines by default.
 
     Returns:
         The summary: status "finished" or "stopped", steps, seconds, last metrics.
 
     Raises:
         ConfigError, DataError, CheckpointError: bad configuration, data or run folder.
-        FloatingPointError: the loss is no longer finite.
+        TrainingError: too many steps without a finite gradient; the last such batch is in the run folder.
+        StorageError: a checkpoint or log cannot be written.
     """
+    with stop_signals() as caught:
+        return _train(
+            config, caught, overwrite=overwrite, source=source, on_step=on_step, console=console or TrainingConsole()
+        )
+
+
+def _train(
+    config: TrainConfig,
+    caught: list[int],
+    *,
+    overwrite: bool,
+    source: Source | None,
+    on_step: Callable[[int], None] | None,
+    console: TrainingConsole,
+) -> dict[str, Any]:
     request_determinism(config)
     as_json = to_dict(config)
     run = RunFolder(config.run_dir, as_json, overwrite=overwrite)
@@ -260,28 +303,44 @@ def train(
     validation = place_batch(pad_clips(validation, mesh, objective.batch_keys), mesh)
     step_fn = make_step(config, objective, functional, mesh, state)
     report_fn = make_report(config, objective, functional)
-    log = RunLog(run, step=first, tensorboard=config.tensorboard, wandb=config.wandb, hardware=hardware_line())
+    log = RunLog(
+        run, console, step=first, steps=config.steps, tensorboard=config.tensorboard, wandb=config.wandb,
+        hardware=hardware_line(),
+    )  # fmt: skip
+    for line in checkpoints.passed_over:
+        log.text(line)
     parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
     metrics: dict[str, float] = {}
     batches = iter(loader)
     started_s = window_s = time.perf_counter()
     window_cpu_s, window_step, step, status = time.process_time(), first, first, "finished"
+    before: tuple[int, dict[str, np.ndarray], dict[str, Array]] | None = None
+    skipped = int(state["skipped"])
     try:
-        with stop_signals() as caught:
-            while step < config.steps:
+        with console.live(config.stage):
+            console.waiting(f"{config.stage}: compiling the first step (some seconds to a minute)")
+            while step < config.steps and not caught:
                 batch = next(batches)
                 placed = place_batch({name: batch[name] for name in objective.batch_keys}, mesh)
                 state, scalars = step_fn(state, frozen, placed)
                 step += 1
+                if before is not None:  # one step behind: the devices are busy with this one meanwhile
+                    skipped = check_finite(run.path, config, skipped, *before)
+                before = (step, batch, scalars)
                 logged = step % config.log_every == 0 or step == config.steps
                 evaluated = step % config.eval_every == 0 or step == config.steps
+                if step == first + 1:
+                    jax.block_until_ready(scalars)
+                    console.say(f"{config.stage}: first step done after {time.perf_counter() - started_s:.1f} s")
+                    if not logged and not evaluated:  # speed is that of compiled steps
+                        window_s, window_cpu_s, window_step = time.perf_counter(), time.process_time(), step
                 if logged or evaluated:
                     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-                    if not np.isfinite(values["loss"]):
-                        raise FloatingPointError(f"loss is {values['loss']} at step {step}; lower the learning rate")
                     now_s = time.perf_counter()
                     frames = (step - window_step) * config.batch_size * config.seq_len
                     values["frames_per_s"] = frames / max(now_s - window_s, 1e-9)
+                    values["eta_s"] = (config.steps - step) * (now_s - window_s) / (step - window_step)
+                    values["memory_bytes"] = held_memory_bytes()
                     values["cpu_ms_per_step"] = 1e3 * (time.process_time() - window_cpu_s) / (step - window_step)
                     if evaluated:
                         report = jax.device_get(report_fn(state, frozen, validation))
@@ -293,9 +352,11 @@ def train(
                     on_step(step)
                 if step % config.checkpoint_every == 0 or step == config.steps or caught:
                     checkpoints.save(step, state, config=as_json, loader_state=loader.state())
-                if caught:
-                    status = "stopped"
-                    break
+            if before is not None:
+                check_finite(run.path, config, skipped, *before)
+        if step < config.steps:
+            status = "stopped"
+            log.text(f"stopped by a signal at step {step}; the same command goes on from here")
     finally:
         checkpoints.close()
         log.close()
@@ -314,6 +375,29 @@ def train(
     if status == "finished":
         run.finish(summary)
     return summary
+
+
+def check_finite(
+    run_dir: Path, config: TrainConfig, skipped: int, step: int, batch: dict[str, np.ndarray], scalars: dict[str, Array]
+) -> int:
+    """How many steps were skipped up to this one.
+
+    Raises:
+        TrainingError: more than the configuration allows; this process's part of the batch is then saved.
+    """
+    now = int(scalars["skipped"])
+    if now <= skipped or now <= config.nonfinite_limit:
+        return now
+    path = run_dir / f"nonfinite_process{jax.process_index()}.npz"
+    content = io.BytesIO()
+    arrays: dict[str, Any] = {"step": step, **batch}
+    np.savez(content, **arrays)
+    write_atomically(path, content.getvalue())
+    raise TrainingError(
+        f"{run_dir}: {now} steps had a loss or gradient that is not finite, at most {config.nonfinite_limit} are "
+        f"skipped (nonfinite_limit); the last was step {step}, its batch is in {path}. Lower the learning rate or look "
+        "at that batch; checkpoints hold finite weights"
+    )
 
 
 def pad_clips(clips: dict[str, np.ndarray], mesh: Mesh, keys: tuple[str, ...]) -> dict[str, np.ndarray]:

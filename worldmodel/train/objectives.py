@@ -10,18 +10,20 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 
 from common.errors import ConfigError
 from worldmodel.config import TrainConfig
 from worldmodel.evaluate.metrics import psnr_db, ssim
-from worldmodel.models.blocks import frames_to_unit, freeze
-from worldmodel.models.dynamics import Dynamics, draw_mask
+from worldmodel.models.dynamics import Dynamics
+from worldmodel.models.jepa import Jepa
+from worldmodel.models.kinds import build_dynamics
 from worldmodel.models.lam import ActionEncoder, LatentActionModel
-from worldmodel.models.quantizer import Quantizer
-from worldmodel.models.tokenizer import Tokenizer
+from worldmodel.models.layers import frames_to_unit, freeze
+from worldmodel.models.quantizer import Quantizer, TanhBottleneck
+from worldmodel.models.token_dynamics import TokenDynamics
+from worldmodel.models.tokenizer import Tokenizer, encode_in_chunks
 from worldmodel.train.state import Functional, Tree, values_of
 
 Batch = dict[str, Array]
@@ -64,9 +66,16 @@ def code_usage(codes_X: Array, count: int) -> Scalars:
     return {"codes_used": jnp.sum(number_V > 0).astype(jnp.float32), "code_perplexity": jnp.exp(entropy_nats)}
 
 
-def idle_share(quantizer: Quantizer) -> Array:
-    """Share of codes that the last training step did not use."""
-    return jnp.mean((quantizer.idle_V[...] > 0).astype(jnp.float32))
+def codebook_scalars(quantizer: Quantizer, loss: Array) -> Scalars:
+    """The codebook's loss and the share of codes that the last training step did not use; nothing without codes."""
+    if isinstance(quantizer, TanhBottleneck):
+        return {}
+    return {"vq_loss": loss, "codes_idle": jnp.mean((quantizer.idle_V[...] > 0).astype(jnp.float32))}
+
+
+def bits_per_frame(nats_per_token: Array, tokens: int) -> Array:
+    """Bits of a frame of that many tokens."""
+    return nats_per_token * tokens / np.log(2.0)
 
 
 class TokenizerObjective:
@@ -91,7 +100,7 @@ class TokenizerObjective:
         """See `Objective.loss`."""
         output = model(batch["frames_BTHWC"], key=key)
         mse = jnp.mean((output.frames_BTHWC - frames_to_unit(batch["frames_BTHWC"])) ** 2)
-        scalars = {"mse": mse, "vq_loss": output.quantized.loss, "codes_idle": idle_share(model.quantizer)}
+        scalars = {"mse": mse, "psnr_db": psnr_db(mse), **codebook_scalars(model.quantizer, output.quantized.loss)}
         return mse + output.quantized.loss, scalars
 
     def after_update(self, model: Tokenizer) -> None:
@@ -102,11 +111,10 @@ class TokenizerObjective:
         """See `Objective.report`."""
         output = model(batch["frames_BTHWC"])
         true, got = frames_to_unit(batch["frames_BTHWC"]), jnp.clip(output.frames_BTHWC, 0.0, 1.0)
-        return {
-            "psnr_db": psnr_db(jnp.mean((true - got) ** 2)),
-            "ssim": jnp.mean(ssim(true, got)),
-            **code_usage(output.quantized.codes_X, self.config.tokenizer.quantizer.codes),
-        }
+        scalars = {"psnr_db": psnr_db(jnp.mean((true - got) ** 2)), "ssim": jnp.mean(ssim(true, got))}
+        if not model.continuous:
+            scalars |= code_usage(output.quantized.codes_X, self.config.tokenizer.quantizer.codes)
+        return scalars
 
 
 class LamObjective:
@@ -131,8 +139,9 @@ class LamObjective:
         """See `Objective.loss`."""
         output = model(batch["frames_BTHWC"], key=key)
         mse = jnp.mean((output.frames_BAHWC - frames_to_unit(batch["frames_BTHWC"][:, 1:])) ** 2)
-        scalars = {"mse": mse, "vq_loss": output.quantized.loss, "codes_idle": idle_share(model.actions.quantizer)}
-        return mse + output.quantized.loss, scalars
+        vq_loss = output.quantized.loss
+        scalars = {"mse": mse, "psnr_db": psnr_db(mse), **codebook_scalars(model.actions.quantizer, vq_loss)}
+        return mse + vq_loss, scalars
 
     def after_update(self, model: LatentActionModel) -> None:
         """See `Objective.after_update`."""
@@ -149,6 +158,48 @@ class LamObjective:
         }
 
 
+class JepaObjective:
+    """Error of the next embedding plus SIGReg of all embeddings; gradients flow through both sides."""
+
+    name = "jepa"
+    batch_keys: tuple[str, ...] = ("frames_BTHWC", "actions_BT")
+
+    def __init__(self, config: TrainConfig, *, num_actions: int) -> None:
+        self.config, self.num_actions = config, num_actions
+        self.frozen: Tree = {}
+
+    def build(self, rngs: nnx.Rngs) -> Jepa:
+        """See `Objective.build`."""
+        return Jepa(self.config.jepa, num_actions=self.num_actions, rngs=rngs)
+
+    def initialize(self, model: Jepa, clips: dict[str, np.ndarray], key: Array) -> None:
+        """See `Objective.initialize`: nothing depends on data."""
+
+    def loss(self, model: Jepa, frozen: Tree, batch: Batch, key: Array) -> tuple[Array, Scalars]:
+        """See `Objective.loss`."""
+        direction_key, drop_key = jax.random.split(key)
+        output = model(batch["frames_BTHWC"], batch["actions_BT"][:, :-1], key=drop_key)
+        error = jnp.mean((output.predicted_BAL - output.embedding_BTL[:, 1:]) ** 2)
+        regularity = model.regularity(output.embedding_BTL, direction_key)
+        total = error + self.config.jepa.sigreg_weight * regularity
+        return total, {"prediction_mse": error, "sigreg": regularity}
+
+    def after_update(self, model: Jepa) -> None:
+        """See `Objective.after_update`: nothing to do."""
+
+    def report(self, model: Jepa, frozen: Tree, batch: Batch) -> Scalars:
+        """See `Objective.report`: errors as shares of the embeddings' variance, which says whether they collapsed."""
+        output = model(batch["frames_BTHWC"], batch["actions_BT"][:, :-1])
+        embedding = output.embedding_BTL
+        variance = jnp.mean(jnp.var(embedding, axis=(0, 1)))
+        return {
+            "prediction_error_share": jnp.mean((output.predicted_BAL - embedding[:, 1:]) ** 2) / variance,
+            "copy_error_share": jnp.mean((embedding[:, 1:] - embedding[:, :-1]) ** 2) / variance,
+            "embedding_variance": variance,
+            "sigreg": model.regularity(embedding, jax.random.key(0)),
+        }
+
+
 def frozen_copy(lam: ActionEncoder) -> ActionEncoder:
     """The same action model with parameters turned into plain state, as `Dynamics` holds a frozen one."""
     copy = nnx.clone(lam)
@@ -157,7 +208,7 @@ def frozen_copy(lam: ActionEncoder) -> ActionEncoder:
 
 
 class DynamicsObjective:
-    """Cross-entropy of masked tokens, plus the action codebook's loss when the action model is trained along.
+    """What a dynamics model minimises, plus the action codebook's loss when the action model is trained along.
 
     The tokenizer is frozen: it enters as values of a step, never as parameters. So does a frozen action model.
     """
@@ -171,7 +222,8 @@ class DynamicsObjective:
         source = config.dynamics.action_source
         if (lam is not None) != (source == "latent-frozen"):
             raise ConfigError(f"action_source {source} {'takes no' if lam is not None else 'needs an'} action model")
-        self.codes_VL = np.asarray(tokenizer.quantizer.codes)
+        quantizer = tokenizer.quantizer
+        self.codes_VL = None if isinstance(quantizer, TanhBottleneck) else np.asarray(quantizer.codes)
         self.tokenizer = Functional(tokenizer)
         self.frozen: Tree = {"tokenizer": list(values_of(tokenizer))}
         self.lam = None if lam is None else frozen_copy(lam.actions)
@@ -181,16 +233,7 @@ class DynamicsObjective:
 
     def build(self, rngs: nnx.Rngs) -> Dynamics:
         """See `Objective.build`."""
-        config = self.config
-        latent = config.dynamics.action_source != "ground-truth"
-        return Dynamics(
-            config.dynamics,
-            config.tokenizer.frame,
-            self.codes_VL,
-            num_actions=self.num_actions,
-            lam=config.lam if latent else None,
-            rngs=rngs,
-        )
+        return build_dynamics(self.config, num_actions=self.num_actions, codes_VL=self.codes_VL, rngs=rngs)
 
     def initialize(self, model: Dynamics, clips: dict[str, np.ndarray], key: Array) -> None:
         """See `Objective.initialize`. A frozen action model is copied in here, once."""
@@ -198,15 +241,18 @@ class DynamicsObjective:
             model.lam.initialize(clips["frames_BTHWC"], key)
         if self.lam is not None:
             nnx.update(model.lam, nnx.state(self.lam))
+        if self.codes_VL is None:
+            tokenizer = self.tokenizer.merge(*self.frozen["tokenizer"])
+            model.initialize(np.asarray(encode_in_chunks(tokenizer.encode, clips["frames_BTHWC"])))
 
-    def tokens_of(self, frozen: Tree, batch: Batch) -> Array:
-        """Tokens (B, T, N) of a batch: as loaded, or from the frozen tokenizer."""
+    def frames_of(self, frozen: Tree, batch: Batch) -> Array:
+        """Tokens (B, T, N) or latents (B, T, N, L) of a batch: as loaded, or from the frozen tokenizer."""
         if "tokens_BTN" in batch:
             return batch["tokens_BTN"]
         return self.tokenizer.merge(*frozen["tokenizer"]).encode(batch["frames_BTHWC"])
 
     def condition(
-        self, model: Dynamics, frozen: Tree, batch: Batch, key: Array | None
+        self, model: Dynamics, batch: Batch, key: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         """Conditioning (B, T, D) of every frame, with the action bottleneck's loss and codes where there is one."""
         source = self.config.dynamics.action_source
@@ -219,23 +265,15 @@ class DynamicsObjective:
     def loss(self, model: Dynamics, frozen: Tree, batch: Batch, key: Array) -> tuple[Array, Scalars]:
         """See `Objective.loss`."""
         config = self.config.dynamics
-        mask_key, drop_key, action_key = jax.random.split(key, 3)
-        tokens_BTN = self.tokens_of(frozen, batch)
-        action_BTD, vq_loss, _ = self.condition(model, frozen, batch, action_key)
-        per_frame = config.masking == "current"
-        masked_BTN = draw_mask(mask_key, tokens_BTN.shape, config.mask_low, config.mask_high, per_frame=per_frame)
-        output = model(tokens_BTN, action_BTD, masked_BTN, key=drop_key)
-        weight_BTN = masked_BTN / jnp.maximum(jnp.sum(masked_BTN), 1)
-        nats_BTN = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTNV, tokens_BTN)
-        cross_entropy = jnp.sum(nats_BTN * weight_BTN)
-        total, scalars = cross_entropy, {"ce_nats": cross_entropy}
-        if config.z_loss > 0.0:
-            z_loss = jnp.sum(jax.nn.logsumexp(output.logits_BTNV, axis=-1) ** 2 * weight_BTN)
-            total, scalars["z_nats2"] = total + config.z_loss * z_loss, z_loss
+        model_key, action_key = jax.random.split(key)
+        action_BTD, vq_loss, _ = self.condition(model, batch, action_key)
+        frames_BTX = self.frames_of(frozen, batch)
+        total, scalars = model.loss(frames_BTX, action_BTD, model_key)
+        if isinstance(model, TokenDynamics):  # as if every token of a frame cost what the scored ones do
+            scalars["bits_per_frame"] = bits_per_frame(scalars["ce_nats"], frames_BTX.shape[-1])
         if vq_loss is not None and config.action_source == "latent":
             total = total + config.vq_weight * vq_loss
-            scalars["vq_loss"] = vq_loss
-            scalars["codes_idle"] = idle_share(model.lam.quantizer)
+            scalars |= codebook_scalars(model.lam.quantizer, vq_loss)
         return total, scalars
 
     def after_update(self, model: Dynamics) -> None:
@@ -244,16 +282,13 @@ class DynamicsObjective:
             model.lam.quantizer.reset_dead()
 
     def report(self, model: Dynamics, frozen: Tree, batch: Batch) -> Scalars:
-        """See `Objective.report`: every token of every frame but the first masked, true history."""
-        tokens_BTN = self.tokens_of(frozen, batch)
-        action_BTD, _, codes_BA = self.condition(model, frozen, batch, None)
-        masked_BTN = draw_mask(jax.random.key(0), tokens_BTN.shape, 1.0, 1.0, per_frame=True)
-        logits = model(tokens_BTN, action_BTD, masked_BTN).logits_BTNV[:, 1:]
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BTN[:, 1:])
-        scalars = {
-            "full_mask_ce_nats": jnp.mean(nats),
-            "full_mask_accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == tokens_BTN[:, 1:]),
-        }
+        """See `Objective.report`."""
+        action_BTD, _, codes_BA = self.condition(model, batch, None)
+        frames_BTX = self.frames_of(frozen, batch)
+        scalars = model.report(frames_BTX, action_BTD)
+        for nats in ("full_mask_ce_nats", "teacher_forced_ce_nats"):
+            if nats in scalars:
+                scalars["bits_per_frame"] = bits_per_frame(scalars[nats], frames_BTX.shape[-1])
         if codes_BA is not None:
             scalars |= {f"action_{k}": v for k, v in code_usage(codes_BA, model.num_actions).items()}
         return scalars

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from common.errors import CheckpointError
 from worldmodel.config import LamConfig, TokenizerConfig, TrainConfig, from_dict, read_json, to_dict
 from worldmodel.models.dynamics import Dynamics
+from worldmodel.models.jepa import Jepa
+from worldmodel.models.kinds import build_dynamics
 from worldmodel.models.lam import LatentActionModel
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.train.checkpoint import Checkpoints
@@ -79,18 +80,10 @@ def load_lam(run_dir: str | Path, expected: LamConfig | None = None) -> LatentAc
     return load_values(run_dir, LatentActionModel(config.lam, rngs=nnx.Rngs(0)))
 
 
-def empty_dynamics(config: TrainConfig, num_actions: int) -> Dynamics:
-    """A dynamics model of a run's shape, with untrained values."""
-    quantizer = config.tokenizer.quantizer
-    rows_V = np.arange(quantizer.codes, dtype=np.float32)[:, None]
-    return Dynamics(
-        config.dynamics,
-        config.tokenizer.frame,
-        np.broadcast_to(rows_V, (quantizer.codes, quantizer.latent_dim)),
-        num_actions=num_actions,
-        lam=config.lam if config.dynamics.action_source != "ground-truth" else None,
-        rngs=nnx.Rngs(0),
-    )
+def load_jepa(run_dir: str | Path, num_actions: int) -> Jepa:
+    """The JEPA world model of a run. See `load_tokenizer`."""
+    config = _require_stage(run_dir, "jepa")
+    return load_values(run_dir, Jepa(config.jepa, num_actions=num_actions, rngs=nnx.Rngs(0)))
 
 
 def load_dynamics(run_dir: str | Path, num_actions: int) -> tuple[TrainConfig, Dynamics]:
@@ -107,4 +100,4 @@ def load_dynamics(run_dir: str | Path, num_actions: int) -> tuple[TrainConfig, D
         CheckpointError: another stage, another number of actions, or no checkpoint.
     """
     config = _require_stage(run_dir, "dynamics")
-    return config, load_values(run_dir, empty_dynamics(config, num_actions))
+    return config, load_values(run_dir, build_dynamics(config, num_actions=num_actions, rngs=nnx.Rngs(0)))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.errors import CheckpointError, ConfigError
 from worldmodel.config import MeshConfig
-from worldmodel.models.blocks import Stats
+from worldmodel.models.layers import Stats
 
 Tree = Any
 FSDP_MIN_VALUES = 2**14  # smaller arrays are kept whole on every device: splitting them costs more than it saves

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.artifact.__main__ import main
+from common.artifact.__main__ import main, split_place
 from common.artifact.container import read_artifact
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,3 +55,55 @@ def test_usage():
     with pytest.raises(SystemExit) as exit_info:
         main([])
     assert exit_info.value.code == 2
+
+
+def test_a_page_has_treemaps_every_tensor_and_nothing_from_outside(golden_artifact, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(golden_artifact), "--html", str(page)]) == 0
+    assert f"page: {page}" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    report = read_artifact(golden_artifact)[2]
+    assert text.count("<svg") == 2
+    for tensor in report.tensors:
+        assert (f"{tensor.name}: {tensor.total_bytes:,} bytes" in text) == (tensor.total_bytes > 0)  # in the treemap
+        assert f"<td>{tensor.name}</td>" in text
+    assert f"header, checksum: {report.overhead_bytes:,} bytes" in text
+    assert not re.search(r"(?:src|href)=|url\(|<script", text)
+
+
+def test_a_page_that_cannot_be_written_is_an_error(golden_artifact, tmp_path, capsys):
+    assert main(["inspect", str(golden_artifact), "--html", str(tmp_path / "none" / "page.html")]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_tables_on_a_terminal_hold_the_same_cells(golden_artifact, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["inspect", str(golden_artifact)]) == 0
+    output = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    report = read_artifact(golden_artifact)[2]
+    for tensor in report.tensors:
+        place, name = split_place(tensor.name)
+        row = re.search(rf"^ *{re.escape(name)} .* {tensor.total_bytes:,} ", output, re.MULTILINE)
+        assert row, tensor.name
+        assert not place or re.search(rf"^ *{re.escape(place)} *$", output, re.MULTILINE), place
+    assert f"{report.file_bytes:,} bytes" in output
+    assert "█" in output
+    assert '"d_model": 512' in output
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("blocks.3.", "up.weight"), ("a/layer_0/", "ffn/kernel"), ("lm.", "norm.weight"), ("", "bias"), ("", "D2")],
+)
+def test_names_are_cut_behind_their_number(place, name):
+    assert split_place(place + name) == (place, name)
+
+
+def test_without_rich_the_tables_are_plain(golden_artifact, capsys, monkeypatch):
+    assert main(["inspect", str(golden_artifact)]) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["inspect", str(golden_artifact)]) == 0
+    assert capsys.readouterr().out == plain

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from common.optim.muon import Muon, newton_schulz_torch
+from common.optim.muon import NEWTON_SCHULZ_POLYNOMIALS, POLAR_EXPRESS_POLYNOMIALS, Muon, newton_schulz_torch
 from common.optim.reference import newton_schulz_reference
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -45,6 +45,41 @@ def test_newton_schulz_equals_its_action_on_singular_values(shape, steps):
     low = newton_schulz_torch(G.float(), steps)
     assert low.dtype == torch.float32
     np.testing.assert_allclose(low.numpy(), ours.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 2, 9])
+def test_other_polynomials_take_their_turn(steps):
+    G = make_matrices([(9, 6)], dtype=torch.float64)[0]
+    expected = newton_schulz_reference(G.numpy(), steps, POLAR_EXPRESS_POLYNOMIALS)
+    np.testing.assert_allclose(
+        newton_schulz_torch(G, steps, polynomials=POLAR_EXPRESS_POLYNOMIALS).numpy(), expected, atol=1e-12
+    )
+
+
+def test_polar_express_reaches_one_where_the_quintic_swings():
+    """Singular values in a ratio of 300, after five and eight iterations."""
+    G = torch.diag(torch.logspace(-2.5, 0, 24, dtype=torch.float64))
+
+    def farthest(name: str, steps: int) -> float:
+        result = newton_schulz_torch(G, steps, polynomials=NEWTON_SCHULZ_POLYNOMIALS[name])
+        return float((torch.linalg.svdvals(result) - 1).abs().max())
+
+    assert farthest("polar_express", 5) < 0.13
+    assert farthest("polar_express", 8) < 1e-3
+    assert min(farthest("jordan", 5), farthest("jordan", 8)) > 0.25
+
+
+def test_muon_passes_its_polynomials_on():
+    params = make_params()
+    seen = []
+
+    def watched(G_BMN, steps, **options):
+        seen.append(options["polynomials"])
+        return newton_schulz_torch(G_BMN, steps, **options)
+
+    take_steps(Muon(params, polynomials=POLAR_EXPRESS_POLYNOMIALS, newton_schulz=watched), params, 1)
+    assert seen
+    assert set(seen) == {POLAR_EXPRESS_POLYNOMIALS}
 
 
 def test_newton_schulz_batch_equals_one_by_one():
@@ -189,9 +224,9 @@ def test_matrices_of_one_pair_of_sides_are_one_batch():
     """Standing matrices are laid down: one product for both, and each exchange is waited for after the next batch."""
     seen = []
 
-    def watched(G_BMN, steps, *, dtype=None):
+    def watched(G_BMN, steps, **options):
         seen.append(tuple(G_BMN.shape))
-        return newton_schulz_torch(G_BMN, steps, dtype=dtype)
+        return newton_schulz_torch(G_BMN, steps, **options)
 
     params = make_params()
     take_steps(Muon(params, lr=0.1, newton_schulz=watched), params, 1)

@@ -241,3 +241,18 @@ def test_bits_per_byte():
     assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
     with pytest.raises(DataError, match="0 bytes"):
         bits_per_byte(1.0, 0)
+
+
+def test_damaged_models_are_read_or_refused_by_name(tmp_path):
+    """Their pieces, and SentencePiece's own messages about them, need not be text."""
+    train_sentencepiece(TRAINING_TEXTS, 400, tmp_path / "tokenizer.model")
+    sound, rng, refused = (tmp_path / "tokenizer.model").read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        data = bytearray(sound[: rng.integers(1, len(sound))] if rng.random() < 0.3 else sound)
+        data[rng.integers(min(len(data), 2000))] = rng.integers(128, 256)
+        (tmp_path / "x.model").write_bytes(data)
+        try:
+            load_tokenizer(tmp_path / "x.model")
+        except TokenizerError:
+            refused += 1
+    assert refused > 30

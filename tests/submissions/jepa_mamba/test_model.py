@@ -186,7 +186,13 @@ def randomised(config: Config) -> LanguageModel:
     return lm.eval()
 
 
-VARIANTS = [{}, {"attn_layers": "1"}, {"attn_layers": "0,2", "document_reset": True}, {"document_reset": True}]
+VARIANTS = [
+    {},
+    {"attn_layers": "1"},
+    {"attn_layers": "0,2", "document_reset": True},
+    {"document_reset": True},
+    {"attn_layers": "1", "document_reset": True, "repeat_blocks": "0,1", "parallel_residual": True, "dt_apart": True},
+]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,24 +14,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common.artifact.container import load_artifact, save_artifact
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError, StorageError
+from common.quant.plan import plan_model
 from common.softcap_xent.torch_impl import softcap_torch
 from common.text.tokenizer import load_tokenizer
+from submissions.jepa_mamba import train_gpt
 from submissions.jepa_mamba.train_gpt import (
     FeedForward,
     Masters,
     Progress,
     Ranks,
+    Run,
     StepBatch,
     Trainer,
     TrainingModel,
     build_optimizers,
+    checkpoint_digest,
     export_artifact,
     learning_rate_scale,
+    load_checkpoint,
     load_model,
     optimizer_group,
+    parse_command,
+    read_checkpoint,
     select_kernels,
 )
 from tests.submissions.jepa_mamba.conftest import ENTRY, flags, losses_of, run_entry, tiny
@@ -139,6 +148,11 @@ def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: P
     for name in matrices:
         ratio = last.tensors[name].scales[:3] / plan.tensors[name].scales[:3]
         np.testing.assert_allclose(ratio, ratio[0], rtol=0.01)
+    # what is fitted to the grid is the moving average, which does not lie on the grid that training ran on
+    average = {name: trainer.masters.ema[f"lm.{name}"].numpy() for name in matrices}
+    assert not any(np.array_equal(average[n], trainer.masters.master[f"lm.{n}"].detach().numpy()) for n in matrices)
+    refit = plan_model(average, statistics, {}, last.loss_nats, config.rate, trainer.masters.trained_steps())
+    assert all(np.array_equal(refit.tensors[name].codes, last.tensors[name].codes) for name in matrices)
     trainer.masters.rounded = {name: last.tensors[name] for name in last.expected_nats}
     report = export_artifact(tmp_path / "model.artifact", trainer.masters, config, tokenizer, 0.99)
     assert 0.995 * budget_bytes <= report.file_bytes <= budget_bytes
@@ -389,6 +403,92 @@ def test_termination_saves_and_a_damaged_checkpoint_is_passed_over(byte_data: Pa
     assert f"{newest.name} is damaged" in done.stdout
     assert before.name < newest.name
     assert artifacts_equal(tmp_path / "a/run", tmp_path / "b/run")
+
+
+def test_checkpoints_notice_any_change(byte_data: Path, tmp_path: Path) -> None:
+    run = Run(parse_command(flags(data_path=byte_data, runs_dir=tmp_path, run_id="run"), {}), ALONE)
+    run.trainer.step(batch_of(run.config), Progress(0, 0.0))
+    run.at = Progress(1, 0.5)
+    run.save()
+    path = run.folder.checkpoint_of(1)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    sound, (header, tensors) = path.read_bytes(), read_checkpoint(path)
+    assert header["step"] == 1
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(sound)
+        data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_checkpoint(path)
+    # A checkpoint with a fitting checksum, of another model: refused by name, too.
+    state = json.dumps(header)
+    for change in ({"master/lm.token_embed.weight": torch.zeros(3)}, {}):
+        others = {**tensors, **change} if change else {k: v for k, v in tensors.items() if "embed" not in k}
+        save_file(others, path, metadata={"state": state, "blake2b": checkpoint_digest(state, others)})
+        with pytest.raises(CheckpointError, match="does not fit this model"):
+            load_checkpoint(run.folder, run.trainer.masters, run.trainer.optimizers)
+
+
+def test_a_checkpoint_that_does_not_read_back_is_not_saved(byte_data: Path, tmp_path: Path, monkeypatch) -> None:
+    run = Run(parse_command(flags(data_path=byte_data, runs_dir=tmp_path, run_id="run"), {}), ALONE)
+    run.save()
+    before = run.folder.checkpoint_of(0).read_bytes()
+    digest = train_gpt.checkpoint_digest
+    answers = iter(["0" * 32])  # what is on disk is not what was written
+    monkeypatch.setattr(train_gpt, "checkpoint_digest", lambda *a: next(answers, None) or digest(*a))
+    run.at = Progress(1, 0.0)
+    with pytest.raises(StorageError, match="not saved"):
+        run.save()
+    assert [p.name for p in run.folder.checkpoints.iterdir()] == ["step_00000000.safetensors"]
+    assert run.folder.checkpoint_of(0).read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_counts_as_zero(monkeypatch) -> None:
+    trainers = [Trainer(tiny(), KERNELS, ALONE) for _ in range(2)]
+    gradients = Trainer.gradients
+    for trainer, value in zip(trainers, (math.nan, 0.0), strict=True):
+        trainer.masters.publish(True)
+        trainer.step(batch_of(trainer.config), Progress(0, 0.0))
+
+        def replaced(self, *arguments, value=value):
+            losses = gradients(self, *arguments)
+            self.masters.flat_gradient[5 if math.isnan(value) else slice(None)] = value
+            return losses
+
+        monkeypatch.setattr(Trainer, "gradients", replaced)
+        trainer.step(batch_of(trainer.config, 1), Progress(1, 0.0))
+        monkeypatch.undo()
+        trainer.step(batch_of(trainer.config, 2), Progress(2, 0.0))
+    assert [int(trainer.masters.skipped) for trainer in trainers] == [1, 0]
+    poisoned, zero = (trainer.masters.master for trainer in trainers)
+    assert all(torch.equal(poisoned[name], zero[name]) for name in zero)
+    step, x_BT, _ = trainers[0].skipped_batch or (None, None, None)
+    assert step is not None
+    assert int(step) == 1
+    assert torch.equal(x_BT, batch_of(trainers[0].config, 1).x_BT)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[" * 100_000, b"{}", b'{"config": 3}', b"\xff\xfe"])
+def test_a_damaged_record_of_the_configuration_is_named(byte_data: Path, tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Run(parse_command(flags(data_path=byte_data, runs_dir=tmp_path, run_id="run"), {}), ALONE)
+
+
+def test_a_resumed_log_holds_what_the_checkpoint_knew(byte_data: Path, tmp_path: Path) -> None:
+    run = Run(parse_command(flags(data_path=byte_data, runs_dir=tmp_path, run_id="run"), {}), ALONE)
+    run.folder.event(event="step", step=1)
+    run.at = Progress(1, 0.0)
+    run.save()
+    run.folder.event(event="diagnostics", step=1)  # of an end that did not come
+    with open(run.folder.path / "log.jsonl", "ab") as file:
+        file.write(b'{"event": "st')
+    again = Run(parse_command(flags(data_path=byte_data, runs_dir=tmp_path, run_id="run"), {}), ALONE)
+    assert again.at.step == 1
+    assert (run.folder.path / "log.jsonl").read_text() == '{"event": "step", "step": 1}\n'
+    assert not list(run.folder.path.rglob("*.tmp"))
 
 
 @pytest.mark.slow

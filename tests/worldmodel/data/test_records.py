@@ -393,3 +393,32 @@ def test_overlapping_levels_are_found(make_set: MakeSet) -> None:
     manifest["splits"]["val"]["level_ranges"] = [[499, 600]]
     write_manifest(data_dir, manifest)
     assert ["overlap" in problem.fault for problem in find_problems(data_dir)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../val-00000.array_record"}, "expected the name of a file in this folder"),
+        ({"name": "/etc/passwd"}, "expected the name of a file in this folder"),
+        ({"name": ""}, "expected the name of a file"),
+        ({"bytes": -1}, "bytes of .* expected a count"),
+        ({"frames": True}, "frames of .* expected a count"),
+        ({"sha256": None}, "sha256 of .* hexadecimal"),
+    ],
+)
+def test_manifests_that_name_or_count_what_is_not_there_are_refused(
+    make_set: MakeSet, change: dict, message: str
+) -> None:
+    data_dir = make_set()
+    manifest = json.loads((data_dir / "manifest.json").read_text())
+    manifest["splits"]["train"]["files"][0] |= change
+    (data_dir / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=message):
+        open_dataset(data_dir, "train")
+
+
+def test_a_manifest_nested_too_deep_is_refused(make_set: MakeSet) -> None:
+    data_dir = make_set()
+    (data_dir / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not readable as JSON"):
+        open_dataset(data_dir, "train")

@@ -11,16 +11,9 @@ from flax import nnx
 from common.errors import ConfigError
 from tests.worldmodel.small import BLOCKS
 from worldmodel.config import BlockConfig
-from worldmodel.models.blocks import (
-    STTransformer,
-    attend,
-    dropout,
-    patchify,
-    rotate,
-    spatial_angles,
-    unpatchify,
-    window_mask,
-)
+from worldmodel.models.attention import attend, rotate, spatial_angles, window_mask
+from worldmodel.models.blocks import STTransformer
+from worldmodel.models.layers import dropout, patchify, unpatchify
 
 
 def build(config: BlockConfig = BLOCKS, prefix: int = 0) -> STTransformer:
@@ -141,24 +134,74 @@ def test_dropout_is_honoured_and_off_without_a_key():
     assert abs(float(kept.mean()) - 1.0) < 0.03
 
 
-@pytest.mark.parametrize("frames", [3, 7])
-@pytest.mark.parametrize("prefix", [0, 1])
-def test_cached_frames_equal_the_whole_clip_past_the_window(frames, prefix):
-    model = build(prefix=prefix)
+MIXERS = {
+    "attention": BLOCKS,
+    "joint": dataclasses.replace(BLOCKS, joint=True),
+    "mamba2": dataclasses.replace(BLOCKS, mixer="mamba2", mamba_state=8),
+}
+
+
+@pytest.mark.parametrize("mixer, frames, prefix", [("attention", 3, 1), ("attention", 7, 0), ("joint", 7, 1),
+                                                   ("mamba2", 7, 1)])  # fmt: skip
+def test_cached_frames_equal_the_whole_clip_past_the_window(mixer, frames, prefix):
+    model = build(MIXERS[mixer], prefix=prefix)
     x = noise(2, frames, 4 + prefix, 16)
-    whole, memory = model(x), model.empty_memory(2)
+    whole, memory, step = jax.jit(model)(x), model.empty_memory(2), jax.jit(model.cached_frame)
     for t in range(frames):
-        got, memory = model.cached_frame(x[:, t], memory, jnp.int32(t))
+        got, memory = step(x[:, t], memory, jnp.int32(t))
         np.testing.assert_allclose(got, whole[:, t], atol=1e-5)
 
 
-def test_two_streams_equal_a_masked_frame_after_clean_ones():
-    model = build()
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_two_streams_equal_a_masked_frame_after_clean_ones(mixer):
+    model = build(MIXERS[mixer])
     clean, masked = noise(2, 6, 4, 16), noise(2, 6, 4, 16, seed=5)
-    streams = model.two_stream(clean, masked)
+    seen = jnp.tril(jnp.ones((4, 4), bool))  # also: inside an unfinished frame only earlier tokens are seen
+    two_stream, step, whole = jax.jit(model.two_stream), jax.jit(model.cached_frame), jax.jit(model)
+    streams, ordered = two_stream(clean, masked), two_stream(clean, masked, seen_NN=seen)
+    memory = model.empty_memory(2)
     for t in range(6):
-        mixed = jnp.concatenate([clean[:, :t], masked[:, t : t + 1]], axis=1)
-        np.testing.assert_allclose(streams[:, t], model(mixed)[:, t], atol=1e-5)
+        mixed = clean.at[:, t].set(masked[:, t])  # what comes after t changes nothing
+        np.testing.assert_allclose(streams[:, t], whole(mixed)[:, t], atol=1e-5)
+        got, _ = step(masked[:, t], memory, jnp.int32(t), seen_NN=seen)
+        np.testing.assert_allclose(got, ordered[:, t], atol=1e-5)
+        _, memory = step(clean[:, t], memory, jnp.int32(t))
+    changed = two_stream(clean, masked.at[:, :, 2:].set(0.0), seen_NN=seen)
+    np.testing.assert_allclose(changed[:, :, :2], ordered[:, :, :2], atol=1e-6)
+    assert jnp.abs(changed[:, :, 2:] - ordered[:, :, 2:]).max() > 1e-2
+
+
+def test_joint_attention_sees_other_places_of_earlier_frames_in_one_layer():
+    x = noise(1, 3, 4, 16)
+    changed = x.at[0, 0, 3].add(1.0)
+    for mixer, seen in (("attention", False), ("joint", True)):
+        model = build(dataclasses.replace(MIXERS[mixer], layers=1))
+        model.layer_0.ffn_out.kernel[...] = 0 * model.layer_0.ffn_out.kernel[...]
+        if not seen:  # only time is left of the factorised block
+            model.layer_0.space.out.kernel[...] = 0 * model.layer_0.space.out.kernel[...]
+        whole = jax.jit(model)
+        assert bool(jnp.abs(whole(x)[0, 2, 0] - whole(changed)[0, 2, 0]).max() > 1e-4) == seen
+
+
+def test_mamba_remembers_without_a_window_in_constant_memory():
+    model = build(dataclasses.replace(MIXERS["mamba2"], layers=1, temporal_window=2))
+    x = noise(1, 12, 4, 16)
+    changed, whole = x.at[:, 0].set(noise(1, 4, 16, seed=9)), jax.jit(model)
+    assert jnp.abs(whole(x)[:, 11] - whole(changed)[:, 11]).max() > 1e-4
+    memory = model.empty_memory(1)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(memory)]
+    _, memory = jax.eval_shape(model.cached_frame, x[:, 0], memory, jnp.int32(0))
+    assert [leaf.shape for leaf in jax.tree.leaves(memory)] == sizes
+
+
+def test_mixers_of_the_ablation_have_equal_numbers_of_weights():
+    base = BlockConfig(dim=96, ffn_dim=256, heads=3, layers=3, temporal_window=6)
+    count = {}
+    for name in ("attention", "mamba2"):
+        config = dataclasses.replace(base, mixer=name)
+        shapes = nnx.eval_shape(lambda config=config: build(config))
+        count[name] = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+    assert abs(count["mamba2"] / count["attention"] - 1.0) < 0.02
 
 
 def test_bfloat16_compute_stays_near_float32():

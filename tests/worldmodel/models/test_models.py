@@ -11,17 +11,17 @@ from flax import nnx
 from common.errors import ConfigError
 from tests.worldmodel.small import DYNAMICS, FRAME, LAM, NUM_ACTIONS, TOKENIZER, game_clips
 from worldmodel.config import QuantizerConfig
-from worldmodel.models.dynamics import Dynamics, draw_mask
 from worldmodel.models.lam import LatentActionModel
+from worldmodel.models.token_dynamics import MaskGitDynamics, draw_mask
 from worldmodel.models.tokenizer import Tokenizer, principal_components
 
 CODES = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 
 
-def dynamics(seed: int = 0, **changes) -> Dynamics:
+def dynamics(seed: int = 0, **changes) -> MaskGitDynamics:
     config = dataclasses.replace(DYNAMICS, **changes)
     lam = None if config.action_source == "ground-truth" else LAM
-    model = Dynamics(config, FRAME, CODES, num_actions=NUM_ACTIONS, lam=lam, rngs=nnx.Rngs(seed))
+    model = MaskGitDynamics(config, FRAME, CODES, num_actions=NUM_ACTIONS, lam=lam, rngs=nnx.Rngs(seed))
     # Token offsets start at zero; random ones make leaks visible.
     model.token_table[...] = jax.random.normal(jax.random.key(9), model.token_table.shape)
     return model
@@ -31,7 +31,7 @@ def tokens(seed: int = 0, frames: int = 5) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (2, frames, 4), 0, 16)
 
 
-def condition(model: Dynamics, actions: np.ndarray) -> jax.Array:
+def condition(model: MaskGitDynamics, actions: np.ndarray) -> jax.Array:
     return model.shift_actions(model.embed_action_codes(jnp.asarray(actions)))
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.worldmodel.small import DYNAMICS, FRAME, LAM, NUM_ACTIONS, TOKENIZER, game_clips, train_config
-from worldmodel.models.dynamics import Dynamics
+from worldmodel.models.token_dynamics import MaskGitDynamics
 from worldmodel.models.tokenizer import Tokenizer
 from worldmodel.play.clips import ActionTable, StartClip
 from worldmodel.play.messages import Settings
@@ -30,7 +30,7 @@ def make_world(**changes) -> World:
     config = dataclasses.replace(DYNAMICS, **changes)
     tokenizer = Tokenizer(TOKENIZER, rngs=nnx.Rngs(0))
     codes = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-    model = Dynamics(config, FRAME, codes, num_actions=NUM_ACTIONS, lam=LAM, rngs=nnx.Rngs(0))
+    model = MaskGitDynamics(config, FRAME, codes, num_actions=NUM_ACTIONS, lam=LAM, rngs=nnx.Rngs(0))
     model.token_table[...] = jax.random.normal(jax.random.key(9), model.token_table.shape)
     if config.action_source == "ground-truth":
         model.action_table[...] = 5.0 * model.action_table[...]

@@ -17,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import uvicorn
+from PIL import Image, ImageSequence
 
 from worldmodel.play.server import make_app
 from worldmodel.play.start import PlayConfig, make_host
@@ -108,6 +109,12 @@ def wait_for_frame(page, number: int) -> None:
     raise AssertionError(f"frame {number} did not come; still at {frame_number(page)}")
 
 
+def one_frame_on(page) -> None:
+    before = frame_number(page)  # read first: the frame may come faster than the next line
+    page.keyboard.press(".")
+    wait_for_frame(page, before + 1)
+
+
 def test_dream_and_real_game_side_by_side_and_keys_change_them(page, shots):
     page.keyboard.press("p")
     playwright.expect(page.locator("#pause")).to_have_attribute("aria-pressed", "true")
@@ -121,9 +128,7 @@ def test_dream_and_real_game_side_by_side_and_keys_change_them(page, shots):
         page.keyboard.down(key)
         page.locator("#dream").focus()
         for _ in range(12):
-            before = frame_number(page)
-            page.keyboard.press(".")
-            wait_for_frame(page, before + 1)
+            one_frame_on(page)
         page.screenshot(path=shots / f"held_{key}.png", full_page=True)
         finals.append((pixels(page, "#dream"), pixels(page, "#real")))
         page.keyboard.up(key)
@@ -193,13 +198,71 @@ def test_settings_pilot_and_clip_reach_the_server(page, shots):
     assert len(pressed) > 2
 
 
+def test_the_controls_are_handed_over_and_back(page, shots):
+    page.locator("#pilot").select_option("sticky-right")
+    playwright.expect(page.locator("#notice")).to_be_empty()
+    page.keyboard.press("h")
+    playwright.expect(page.locator("#pilot")).to_have_value("human")
+    page.keyboard.press("h")  # the policy that was there last
+    playwright.expect(page.locator("#pilot")).to_have_value("sticky-right")
+    page.locator("#dream").focus()
+    page.keyboard.press("ArrowLeft")
+    playwright.expect(page.locator("#notice")).to_contain_text("sticky-right is at the controls; H gives them to you")
+    page.screenshot(path=shots / "policy.png", full_page=True)
+    page.keyboard.press("h")
+    playwright.expect(page.locator("#notice")).to_be_empty()
+
+
+def test_arrows_steer_again_after_a_setting(page):
+    page.locator("#temperature").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("0.5")
+    page.keyboard.press("p")  # letters are no numbers: they are keys of the game here too
+    playwright.expect(page.locator("#pause")).to_have_text("Go on (P)")
+    page.keyboard.press("p")
+    page.keyboard.press("Enter")
+    page.keyboard.down("ArrowRight")
+    held = page.locator("#actions button", has_text="7: right")
+    playwright.expect(held).to_have_attribute("aria-pressed", "true", timeout=PATIENCE_MS)
+    page.keyboard.up("ArrowRight")
+    playwright.expect(page.locator("#temperature")).to_have_value("0.5")
+    page.keyboard.press(" ")
+    playwright.expect(page.locator("#pause")).to_have_text("Go on (P)")
+    page.keyboard.press(" ")
+    playwright.expect(page.locator("#pause")).to_have_text("Pause (P)")
+
+
+def test_a_hot_dream_is_less_sure_and_rewinding_shows_what_was(page, shots):
+    wait_for_frame(page, 30)
+    page.keyboard.press("p")
+    playwright.expect(page.locator("#pause")).to_have_attribute("aria-pressed", "true")
+    page.wait_for_timeout(500)
+    at, picture = frame_number(page), pixels(page, "#dream")
+    for _ in range(3):
+        one_frame_on(page)
+    page.keyboard.press(",")  # back 15: further than the three steps
+    page.wait_for_function(f"() => Number(document.getElementById('frame').textContent) === {at + 3 - 15}")
+    while frame_number(page) < at:  # the same actions (none), the same noise: the same dream
+        one_frame_on(page)
+    np.testing.assert_array_equal(pixels(page, "#dream"), picture)
+    cool = float(page.locator("#entropy").text_content().split()[0])
+    page.locator("#temperature").fill("5")
+    page.locator("#temperature").press("Enter")
+    page.keyboard.press("p")
+    playwright.expect(page.locator("#drift")).to_be_visible(timeout=PATIENCE_MS)
+    page.screenshot(path=shots / "drifting.png", full_page=True)
+    assert float(page.locator("#entropy").text_content().split()[0]) > cool
+    page.keyboard.press("r")
+    playwright.expect(page.locator("#drift")).to_be_hidden(timeout=PATIENCE_MS)
+
+
 def test_a_second_player_has_a_game_of_its_own(page, chromium, address, shots):
     other = chromium.new_context().new_page()
     other.goto(address)
     playwright.expect(other.locator("#players")).to_have_text("2 of 3", timeout=PATIENCE_MS)
     playwright.expect(page.locator("#players")).to_have_text("2 of 3")
     page.keyboard.press("p")
-    page.wait_for_timeout(500)
+    playwright.expect(page.locator("#pause")).to_have_attribute("aria-pressed", "true", timeout=PATIENCE_MS)
     mine, theirs = frame_number(page), frame_number(other)
     wait_for_frame(other, theirs + 10)
     assert frame_number(page) == mine
@@ -224,7 +287,10 @@ def test_a_dropped_connection_comes_back_to_the_same_game(page, shots):
     wait_for_frame(page, at + 5)
 
 
-def test_a_recording_downloads(page, shots):
+@pytest.mark.parametrize("form", ["mp4", "gif"])
+def test_a_recording_downloads(page, shots, form):
+    page.locator("#format").select_option(form)
+    page.locator("#dream").focus()
     page.keyboard.press("l")
     wait_for_frame(page, frame_number(page) + 20)
     page.keyboard.press("l")
@@ -232,10 +298,14 @@ def test_a_recording_downloads(page, shots):
     link.wait_for(timeout=PATIENCE_MS)
     with page.expect_download() as download:
         link.click()
-    path = shots / "recording.mp4"
+    path = shots / f"recording.{form}"
     download.value.save_as(path)
     film = iio.imread(path, index=None)
-    assert len(film) >= 15
-    assert film.shape[1] == 256
+    if form == "mp4":
+        assert len(film) >= 15
+    else:  # equal pictures are one that lasts longer
+        with Image.open(path) as gif:
+            assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) >= 15 * 60
+    assert film.shape[1] == {"mp4": 256, "gif": 128}[form]
     assert film.std() > 5
-    page.screenshot(path=shots / "recorded.png", full_page=True)
+    page.screenshot(path=shots / f"recorded_{form}.png", full_page=True)

@@ -9,7 +9,7 @@ from tests.worldmodel.play.conftest import make_world
 from worldmodel.config import RolloutConfig
 from worldmodel.models.dynamics import UNKNOWN_ACTION
 from worldmodel.play.pool import DreamPool, StepRequest
-from worldmodel.rollout.sampling import rollout_tokens
+from worldmodel.rollout.sampling import rollout_frames
 
 PROMPT_TOKENS = np.random.default_rng(1).integers(0, 16, (2, 4)).astype(np.int32)
 ACTIONS = np.random.default_rng(2).integers(0, 3, 40)
@@ -29,7 +29,7 @@ def test_a_dream_beyond_the_window_equals_the_rollout_without_a_cache(pool):
     actions_BA = np.concatenate([[1], ACTIONS[2:9]])[None]
     config = RolloutConfig(prompt_frames=2, horizon=7, decode_steps=2, use_cache=False)
     model = pool.world.dynamics
-    wanted = jax.jit(lambda prompt, actions: rollout_tokens(model, prompt, actions, config, jax.random.key(0)))(
+    wanted = jax.jit(lambda prompt, actions: rollout_frames(model, prompt, actions, config, jax.random.key(0)))(
         PROMPT_TOKENS[None], actions_BA
     )
     np.testing.assert_array_equal(np.stack(got), wanted[0])

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from common.errors import ConfigError
 from tests.worldmodel.small import DYNAMICS, FRAME, LAM, NUM_ACTIONS
 from worldmodel.config import RolloutConfig
-from worldmodel.models.dynamics import Dynamics
-from worldmodel.rollout.sampling import check_actions, mask_counts, rollout_tokens, sample_frame
+from worldmodel.models.token_dynamics import MaskGitDynamics
+from worldmodel.rollout.maskgit import mask_counts, sample_frame
+from worldmodel.rollout.sampling import check_actions, rollout_frames
 
 CODES = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 
 
-def dynamics(**changes) -> Dynamics:
+def dynamics(**changes) -> MaskGitDynamics:
     config = dataclasses.replace(DYNAMICS, **changes)
-    model = Dynamics(config, FRAME, CODES, num_actions=NUM_ACTIONS, lam=LAM, rngs=nnx.Rngs(0))
+    model = MaskGitDynamics(config, FRAME, CODES, num_actions=NUM_ACTIONS, lam=LAM, rngs=nnx.Rngs(0))
     model.token_table[...] = jax.random.normal(jax.random.key(9), model.token_table.shape)
     return model
 
@@ -99,10 +100,10 @@ def test_rollouts_with_and_without_cache_are_equal(source, conditioning):
     prompt = jax.random.randint(jax.random.key(0), (2, 2, 4), 0, 16)
     actions = np.asarray(jax.random.randint(jax.random.key(1), (2, 7), 0, NUM_ACTIONS))
     config = RolloutConfig(prompt_frames=2, horizon=6, decode_steps=2, temperature=0.7, choice_temperature=1.0)
-    cached = rollout_tokens(model, prompt, actions, config, jax.random.key(2))
+    cached = rollout_frames(model, prompt, actions, config, jax.random.key(2))
     assert cached.shape == (2, 6, 4)
     slow = dataclasses.replace(config, use_cache=False)
-    np.testing.assert_array_equal(cached, rollout_tokens(model, prompt, actions, slow, jax.random.key(2)))
+    np.testing.assert_array_equal(cached, rollout_frames(model, prompt, actions, slow, jax.random.key(2)))
 
 
 def test_actions_steer_the_rollout_from_their_own_frame_on():
@@ -113,8 +114,8 @@ def test_actions_steer_the_rollout_from_their_own_frame_on():
     changed = actions.copy()
     changed[:, 3:] = 1  # taken at frame 3: frame 4 is the first to differ, future frame number 2
     config = RolloutConfig(prompt_frames=2, horizon=4)
-    one = rollout_tokens(model, prompt, actions, config, jax.random.key(2))
-    other = rollout_tokens(model, prompt, changed, config, jax.random.key(2))
+    one = rollout_frames(model, prompt, actions, config, jax.random.key(2))
+    other = rollout_frames(model, prompt, changed, config, jax.random.key(2))
     np.testing.assert_array_equal(one[:, :2], other[:, :2])
     assert (one[:, 2:] != other[:, 2:]).any()
 
@@ -123,7 +124,7 @@ def test_missing_and_impossible_actions_are_named():
     model = dynamics()
     prompt = jnp.zeros((1, 2, 4), jnp.int32)
     with pytest.raises(ConfigError, match="need 5 actions, got 3"):
-        rollout_tokens(model, prompt, np.zeros((1, 3), int), RolloutConfig(horizon=4), jax.random.key(0))
+        rollout_frames(model, prompt, np.zeros((1, 3), int), RolloutConfig(horizon=4), jax.random.key(0))
     with pytest.raises(ConfigError, match=r"action 3 is outside -1\.\.2"):
         check_actions(np.asarray([[0, 3]]), 3, where="rollout")
 
@@ -132,5 +133,5 @@ def test_learned_time_tables_refuse_longer_rollouts():
     blocks = dataclasses.replace(DYNAMICS.blocks, position="learned", max_frames=4)
     prompt = jnp.zeros((1, 2, 4), jnp.int32)
     with pytest.raises(ConfigError, match="max_frames"):
-        rollout_tokens(dynamics(blocks=blocks), prompt, np.zeros((1, 6), int), RolloutConfig(horizon=3),
+        rollout_frames(dynamics(blocks=blocks), prompt, np.zeros((1, 6), int), RolloutConfig(horizon=3),
                        jax.random.key(0))  # fmt: skip

@@ -10,7 +10,8 @@ const RECONNECT_MS = [250, 500, 1000, 2000, 4000];
 const at = (id) => document.getElementById(id);
 const kept = { session: sessionStorage.getItem("session") || "" };
 let socket = null, welcome = null, tries = 0, messageNumber = 0;
-let paused = false, recording = false, held = null;
+const NOTICE_MS = 8000;
+let paused = false, recording = false, held = null, policy = "", byPointer = false, noticeTimer = 0;
 const pressed = new Set(), arrivals = [], latencies = [], entropies = [], sentAt = new Map();
 
 function send(message) {
@@ -35,7 +36,11 @@ function connect() {
 }
 
 function status(text) { if (at("connection").textContent !== text) at("connection").textContent = text; }
-function notice(text) { at("notice").textContent = text; }
+function notice(text) {
+  at("notice").textContent = text;
+  clearTimeout(noticeTimer);
+  if (text) noticeTimer = setTimeout(() => notice(""), NOTICE_MS);
+}
 
 function hear(message) {
   if (message.type === "welcome") {
@@ -78,6 +83,7 @@ function fill(select, options) {
 function show(message) {
   at("clip").value = message.clip;
   at("pilot").value = message.pilot;
+  if (message.pilot !== "human") policy = message.pilot;
   for (const [id, name] of [["temperature", "temperature"], ["decode", "decode_steps"], ["fps", "fps"]])
     if (document.activeElement !== at(id)) at(id).value = message[name];
   at("real-off").hidden = !message.real_off;
@@ -125,7 +131,11 @@ function hold() {
   send(next);
 }
 
-function press(name) { pressed.add(name); hold(); }
+function press(name) {
+  pressed.add(name);
+  if (at("pilot").value !== "human") notice(`The policy ${at("pilot").value} is at the controls; H gives them to you.`);
+  hold();
+}
 function release(name) { if (pressed.delete(name)) hold(); }
 
 function see(buffer) {
@@ -141,8 +151,10 @@ function see(buffer) {
   at("drift").hidden = !(flags & DRIFT);
   paused = Boolean(flags & PAUSED);
   recording = Boolean(flags & RECORDING);
-  at("pause").setAttribute("aria-pressed", paused);
-  at("record").setAttribute("aria-pressed", recording);
+  for (const [id, on, text] of [["pause", paused, paused ? "Go on (P)" : "Pause (P)"], ["record", recording, recording ? "End (L)" : "Record (L)"]]) {
+    at(id).setAttribute("aria-pressed", on);
+    if (at(id).textContent !== text) at(id).textContent = text;
+  }
   at("frame").textContent = frame;
   at("dropped").textContent = view.getUint32(20, true);
   if (stepMs > 0) at("model").textContent = `${stepMs.toFixed(1)} ms`;
@@ -206,19 +218,33 @@ const DO = {
   resync: () => send({ type: "resync" }),
   record: () => send({ type: "record", on: !recording, format: at("format").value }),
 };
-const KEYS = { p: "pause", ".": "step", ",": "rewind", r: "reset", y: "resync", l: "record" };
+const KEYS = { p: "pause", " ": "pause", ".": "step", ",": "rewind", r: "reset", y: "resync", l: "record" };
 for (const [id, work] of Object.entries(DO)) at(id).addEventListener("click", work);
 at("clip").addEventListener("change", DO.reset);
-at("pilot").addEventListener("change", () => send({ type: "pilot", name: at("pilot").value }));
+function give(name) { notice(""); send({ type: "pilot", name }); }
+at("pilot").addEventListener("change", () => give(at("pilot").value));
+// Who has chosen with the pointer wants to steer next: arrows belong to the game again, not to the list.
+for (const kind of ["pointerdown", "keydown"]) document.addEventListener(kind, () => { byPointer = kind === "pointerdown"; }, true);
+for (const id of ["clip", "pilot", "format"]) at(id).addEventListener("change", () => { if (byPointer) at("dream").focus(); });
+for (const id of ["temperature", "decode", "fps"]) at(id).addEventListener("keydown", (event) => { if (event.key === "Enter") at("dream").focus(); });
 for (const id of ["temperature", "decode", "fps"]) at(id).addEventListener("change", () => {
   if (at(id).checkValidity()) { notice(""); send(settings()); }
   else notice(`${at(id).labels[0].textContent.trim()}: expected ${at(id).min} to ${at(id).max}`);
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
+  if (event.target.matches("input")) { // a number takes no letters but e
+    if (!/^[hlpry]$/i.test(event.key)) return;
+    event.preventDefault();
+  }
+  if (event.key === " ") {
+    if (event.target.matches("button, a")) return; // Space is theirs
+    event.preventDefault();
+  }
   if (event.key in ARROWS) { event.preventDefault(); press(ARROWS[event.key]); }
   else if (/^[0-9]$/.test(event.key) && welcome && Number(event.key) < welcome.actions.length) press("button" + event.key);
+  else if (event.key.toLowerCase() === "h" && !event.repeat && welcome) give(at("pilot").value === "human" ? policy || welcome.pilots.at(-1) : "human");
   else if (event.key.toLowerCase() in KEYS && !event.repeat) { const button = at(KEYS[event.key.toLowerCase()]); if (!button.disabled) button.click(); }
 });
 document.addEventListener("keyup", (event) => {

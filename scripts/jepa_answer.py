@@ -1,0 +1,177 @@
+"""Write submissions/jepa_mamba/TO_JEPA_OR_NOT.md: `make jepa-answer` (from benchmarks/ablations/jepa-*.json).
+
+The studies are preregistered in scripts/ablations/jepa_*.toml; `scripts/ablate.py SPEC --keep FILE` leaves what is read
+here. The answer follows the decision rule of those files; nothing in the document is typed in but the words between the
+figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError, GolfError
+from common.files import write_atomically
+from scripts.ablate import Spec, arm_table, limits_text, read_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+SPECS = ROOT / "scripts" / "ablations"
+KEPT = ROOT / "benchmarks" / "ablations"
+DOCUMENT = ROOT / "submissions" / "jepa_mamba" / "TO_JEPA_OR_NOT.md"
+PRIMARY = "time"  # the budget in which an arm pays for its objective
+STUDIES = ("jepa_mini", "jepa_forms_mini", "jepa_forms_confirm", "jepa_h200")
+CONTROLS = ("placebo", "shuffled", "sigreg_only")  # arms that cannot make latent prediction the default
+LATENTS = {
+    "jepa_gradient_over_ce": "JEPA / CE gradient", "sigreg_gradient_over_ce": "SIGReg / CE gradient",
+    "jepa_r2_over_copy": "R² over copying", "z_temporal_variance": "temporal share of var z",
+    "sigreg_excess": "SIGReg over its floor",
+}  # fmt: skip
+
+
+def winners(result: Mapping[str, Any]) -> list[str]:
+    """Arms that meet the decision rule under the primary budget."""
+    part = result["budgets"].get(PRIMARY, {"arms": {}, "placebo": "waiting"})
+    if part["placebo"] != "null":
+        return []
+    return [
+        arm
+        for arm, found in part["arms"].items()
+        if arm not in CONTROLS and found.get("verdict") == "better" and found.get("p_holm", 1.0) < 0.05
+    ]
+
+
+def complete(result: Mapping[str, Any]) -> bool:
+    """Is every arm of the primary budget there with every seed?"""
+    arms = result["budgets"].get(PRIMARY, {"arms": {}})["arms"]
+    return set(arms) == set(result["arms"]) and all(arms[arm]["seeds"] == sorted(result["seeds"]) for arm in arms)
+
+
+def answer(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """The answer as far as the studies go. A search only names candidates: they need the seeds of a confirmation."""
+    main = results.get("jepa_mini")
+    if main is None or not main["finished_runs"]:
+        return "**No runs yet.** The `best_*` presets have it off until a study says otherwise."
+    if not complete(main):
+        done = f"{main['finished_runs']} of {main['planned_runs']}"
+        return f"**Not decided yet**: {done} runs of the main study are finished; `best_*` have it off until all are."
+    found = {name: winners(result) for name, result in results.items() if result is not None}
+    candidates = found.get("jepa_forms_mini", [])
+    confirmed = [arm for arm in found.get("jepa_forms_confirm", []) if arm in candidates]
+    best = [*found["jepa_mini"], *confirmed]
+    at_size = f" On one H200: {', '.join(found['jepa_h200']) or 'none'}." if "jepa_h200" in found else ""
+    if best:
+        return f"**To JEPA**: {', '.join(f'`{arm}`' for arm in best)} met the preregistered rule.{at_size}"
+    more = f" The search names {', '.join(candidates)}, not confirmed." if candidates else ""
+    return f"**Not to JEPA**: no arm of the main study met the preregistered rule. `best_*` have it off.{more}{at_size}"
+
+
+def latent_table(result: Mapping[str, Any], budget: str) -> str:
+    """What the latent objectives did, by arm: means over seeds of the last measurement of each run."""
+    lines = [f"| arm | {' | '.join(LATENTS.values())} |", f"|{' --- |' * (1 + len(LATENTS))}"]
+    for arm in result["arms"]:
+        measured = [r["latents"] for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budget) and r["latents"]]
+        if not measured:
+            continue
+        cells = []
+        for name in LATENTS:
+            values = [m[name] for m in measured if name in m]
+            cells.append(f"{math.fsum(values) / len(values):.4g}" if values else "–")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def study(spec: Spec, path: Path, result: Mapping[str, Any] | None) -> list[str]:
+    """The section of one study."""
+    parts = [f"## {spec.name}", spec.about]
+    arms = "\n".join(f"| {arm} | {limits_text(changes) or '–'} |" for arm, changes in spec.arms.items())
+    every = limits_text({k: v for options in spec.options.values() for k, v in options.items()})
+    seeds = ", ".join(map(str, spec.seeds))
+    file = path.relative_to(ROOT).as_posix()
+    parts.append(
+        f"Preregistered in `{file}` (sha256 {spec.sha256[:16]}): seeds {seeds}; smallest effect "
+        f"{spec.minimum_effect_bpb} bpb; reference `{spec.reference}`, placebo `{spec.placebo}`; every arm has {every}."
+    )
+    parts.append(f"| arm | options |\n| --- | --- |\n{arms}")
+    data = "english-docs-bpe8192" if spec.name.endswith("h200") else "english-docs-ablate"
+    command = f"make ablate SPEC={file} DATA=data/{data}"
+    keep = f"ARGS='--keep benchmarks/ablations/{spec.name}.json'"
+    parts.append(f"```\n{command} {keep}\nmake jepa-answer\n```")
+    if result is None or not result["finished_runs"]:
+        return [*parts, "No runs yet."]
+    if result["spec_sha256"] != spec.sha256:
+        parts.append(
+            f"**The spec was changed after these runs (they had sha256 {result['spec_sha256'][:16]}): they are not "
+            "preregistered by the file as it is now.**"
+        )
+    parts.append(f"{result['finished_runs']} of {result['planned_runs']} runs are finished.")
+    for budget, part in result["budgets"].items():
+        parts += [f"### {budget}: {limits_text(part['limits'])}", f"Placebo: {part['placebo']}."]
+        parts.append(arm_table(result, budget))
+        latents = latent_table(result, budget)
+        if latents:
+            parts += ["The latent objectives at the last measurement of a run, means over seeds:", latents]
+    return parts
+
+
+LIMITS = """## Limits of the evidence
+
+- The `mini` track is a small, undertrained model on technical English. It says how the objectives act on optimisation
+  at that scale, not what they do to a model of 30 million weights after 3 billion tokens.
+- A difference below the smallest effect of interest is called null, not zero.
+- Equal time counts processor seconds of our implementation: an objective that is cheaper elsewhere is judged too hard
+  there, which `steps` shows.
+- The same validation text serves every study; the intervals are over seeds, not over texts."""
+
+
+def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """TO_JEPA_OR_NOT.md."""
+    parts = [
+        "# To JEPA or not",
+        "Written by `make jepa-answer`. Does latent prediction with SIGReg, as a training-only objective, lower the "
+        "bits per byte of the artifact?",
+        answer(results),
+        "Differences are in bits per byte of the artifact read back from disk, paired by seed; brackets are 95% "
+        "intervals of the paired t test over seeds. An arm counts only if its interval lies below 0, its mean reaches "
+        f"the smallest effect and its p adjusted by Holm is below 0.05, all under `{PRIMARY}`, and the placebo is null;"
+        " controls cannot win.",
+    ]
+    for name in STUDIES:
+        path = SPECS / f"{name}.toml"
+        parts += study(read_spec(path), path, results.get(name))
+    return "\n\n".join([*parts, LIMITS]) + "\n"
+
+
+def read_kept(folder: Path) -> dict[str, dict[str, Any] | None]:
+    """Kept reports by study, None where there is none. Raises DataError for a file of another study."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for name in STUDIES:
+        spec = read_spec(SPECS / f"{name}.toml")
+        path = folder / f"{spec.name}.json"
+        found[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        kept = found[name]
+        if kept is not None and kept.get("name") != spec.name:
+            raise DataError(f"{path} is a report of {kept.get('name')!r}, expected {spec.name!r}; keep it by its name")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write TO_JEPA_OR_NOT.md from kept reports.")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="folder of reports (benchmarks/ablations)")
+    parser.add_argument("--out", type=Path, default=DOCUMENT, help="document to write")
+    arguments = parser.parse_args(argv)
+    try:
+        write_atomically(arguments.out, document(read_kept(arguments.kept)).encode())
+        print(arguments.out)
+    except GolfError as error:
+        print(f"jepa_answer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

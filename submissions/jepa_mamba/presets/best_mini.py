@@ -1,0 +1,47 @@
+"""Candidate of the `mini` track: two CPU cores, 600 s, an artifact of at most 500,000 bytes, lossless BPE 1024.
+
+Command: make golf-mini CORPUS=FOLDER
+   or    python submissions/jepa_mamba/train_gpt.py --preset best_mini --data_path DATA
+Cost: 600 s of training on two cores by the clock; some minutes of scoring beside it, 2 GB of memory.
+Expected: not measured yet; about 450 kB by counting weights (0.94M, of them 0.80M int4 and 0.13M FP8).
+
+Against seed_mini: no latent objectives, feed-forward in every block, two attention layers, slower heads from the
+start, the parts of in_proj orthogonalised apart, documents isolated, small batches for more steps, a long warmdown,
+scored in one pass.
+"""
+
+PRESET = {
+    "tokenizer": "bpe",
+    "vocab_size": 1024,
+    "model_dim": 128,
+    "num_layers": 5,
+    "d_state": 32,
+    "headdim": 32,
+    "a_init_min": 0.1,
+    "a_init_max": 4.0,
+    "attn_layers": "1,3",
+    "attn_headdim": 32,
+    "chunk_size": 32,
+    "mlp_every": 1,
+    "mlp_mult": 3,
+    "activation": "leaky_relu2",
+    "embed_dim": 0,
+    "document_reset": True,
+    "jepa_weight": 0.0,
+    "sigreg_lambda": 0.0,
+    "muon_split_in_proj": True,
+    "train_seq_len": 512,
+    "train_batch_tokens": 4096,
+    "micro_batch_tokens": 4096,
+    "max_wallclock_seconds": 600.0,
+    "warmup_steps": 1,
+    "warmdown_fraction": 0.65,
+    "muon_momentum_warmup_steps": 100,
+    "temp_calib_tokens": 16384,
+    "val_loss_every": 0,
+    "val_batch_size": 8192,
+    "train_log_every": 10,
+    "checkpoint_every": 100,
+    "eval_modes": "carried",
+    "eval_lanes": 8,
+}
