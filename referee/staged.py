@@ -10,6 +10,7 @@ from referee.lint import HARMLESS_PROGRAMS, STAGED
 from referee.model import Check, Finding, failed, many, not_checkable, passed
 from referee.stage import Ran
 
+QUOTED_LINE = 1000  # characters
 NEEDS_GPU = re.compile(r"cuda|nvidia|nccl|gpu|flash_attn|triton", re.IGNORECASE)
 
 
@@ -42,7 +43,8 @@ def check_smoke(case: Any) -> list[Finding]:
         return [passed(f"trained, exported and ended in {ran.seconds:.0f} s")]
     if ran.status is None:
         return [not_checkable(f"two steps did not end within {ran.seconds:.0f} s on this machine's CPU")]
-    tail = "\n".join(ran.stderr.splitlines()[-12:])
+    # A traceback quotes lines of the program; a packed one's spell every short word somewhere.
+    tail = "\n".join(line for line in ran.stderr.splitlines()[-12:] if len(line) < QUOTED_LINE)
     missing = re.search(r"No module named '([\w.]+)'", tail)
     if missing:
         return [not_checkable(f"this machine lacks the package {missing.group(1)}")]

@@ -73,11 +73,13 @@ def test_what_scoring_may_not_do_is_seen(statement, check, toy):
     assert failed_checks(judged(toy, ("staged",))) == {f"staged.{check}"}
 
 
-def test_program_that_breaks_is_named(toy):
-    change(toy, 'print("trained"', 'raise ValueError("no luck")\n        print("trained"')
+@pytest.mark.parametrize("quoted", ["", "  # " + "Gpu" * 400], ids=["short line", "line of a packed program"])
+def test_program_that_breaks_is_named(quoted, toy):
+    change(toy, 'print("trained"', f'raise ValueError("no luck"){quoted}\n        print("trained"')
     row = judged(toy, ("staged",))["staged.smoke"]
     assert row.verdict == Verdict.FAILED
     assert "no luck" in row.findings[0].found
+    assert row.findings[0].where.startswith("train_gpt.py:")
 
 
 @pytest.mark.parametrize(
