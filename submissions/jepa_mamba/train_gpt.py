@@ -2873,7 +2873,8 @@ class Run:
         console.waiting(f"first step: compiling ({first}), minutes where nothing is cached" if first else "first step")
         began_s = time.perf_counter()
         last_s = self.trainer.rehearse(self.new_loader(), self.at, self.rehearse_last)
-        self.at = self.at._replace(reserved_s=self.ranks.from_leader(1.25 * last_s))
+        # Twice: a machine may be slower at the end than at the beginning, and a second over the limit is no record.
+        self.at = self.at._replace(reserved_s=self.ranks.from_leader(2.0 * last_s))
         prefetcher, first_step = Prefetcher(self.loader, self.ranks.device), self.at.step + 1
         last_step_s, logged = 0.0, self.at
         with interruption.deferred(), contextlib.closing(prefetcher):
