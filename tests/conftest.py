@@ -10,12 +10,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Start every test from the same global random state, so that a failure comes back when it is run again."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the legacy global state is what such a draw would come from
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture

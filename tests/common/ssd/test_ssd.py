@@ -95,7 +95,11 @@ def test_float64_equals_reference(length, groups):
 @pytest.mark.parametrize("length", [1, 63, 500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_that_of_the_plain_form(length, dtype):
-    """Error at most twice the plain form's, plus 1e-5, for outputs, state and every gradient."""
+    """Error at most twice the plain form's, plus 1e-5, for outputs, state and every gradient.
+
+    The gradient of A is a sum over all positions, here 1,000, that nearly cancels for some draws of dy: of 40 draws two
+    took it past the bar in float32 (3e-5; the median is 2e-6). The draw is fixed, like every test's.
+    """
     inputs = make_inputs(2, length, 4, 16, 1, 16, seed=3 + length, dtype=dtype)
     inputs[1], inputs[2], inputs[5], inputs[6] = (inputs[i].float() for i in (1, 2, 5, 6))
     dy, dstate = torch.randn(2, length, 4, 16).to(dtype), torch.randn(2, 4, 16, 16)
