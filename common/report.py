@@ -173,7 +173,8 @@ def treemap_svg(parts: Sequence[tuple[str, int]], title: str) -> str:
         room = int((width - 6) / 6.2)
         text = ""
         if height > 16 and room > 4:
-            text = f'<text x="{x + 3:.1f}" y="{y + 13:.1f}">{html.escape(name[-room:])}</text>'
+            shown = name if len(name) <= room else "…" + name[1 - room :]  # ends of names tell tensors apart
+            text = f'<text x="{x + 3:.1f}" y="{y + 13:.1f}">{html.escape(shown)}</text>'
             if height > 30:
                 text += f'<text x="{x + 3:.1f}" y="{y + 26:.1f}">{size:,}</text>'
         cells.append(

@@ -76,6 +76,8 @@ def test_treemaps_name_every_part_and_its_bytes():
     assert "10,000 bytes in all" in svg
     assert "nothing" not in svg
     ElementTree.fromstring(svg)
+    assert ">big/&lt;kernel&gt;</text>" in svg
+    assert ">…" in treemap_svg([("a/" * 200 + "end", 1), ("b/" * 200 + "end", 1)], "long names are cut, visibly")
     assert treemap_svg([], "none") == ""
 
 
