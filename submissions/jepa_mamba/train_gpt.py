@@ -2280,9 +2280,7 @@ def load_checkpoint(
                 f"checkpoint {path} does not fit this model ({type(error).__name__}: {error}); delete it, or start "
                 "over with --overwrite"
             ) from error
-    raise CheckpointError(
-        f"{folder.checkpoints}: all {len(found)} checkpoints are damaged; delete them to start over"
-    )
+    raise CheckpointError(f"{folder.checkpoints}: all {len(found)} checkpoints are damaged; delete them to start over")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2662,9 +2660,10 @@ class Trainer:
         step = self.current["step"]
         step = step if isinstance(step, Tensor) else torch.full((), step, device=bad.device)
         if self.skipped_batch is None:
-            self.skipped_batch = (torch.zeros_like(step), torch.zeros_like(x_BT), torch.zeros_like(y_BT))
+            windows = (-1, self.config.train_seq_len)  # as the loader gave them, however short the step's pieces are
+            self.skipped_batch = (torch.zeros_like(step), *(torch.zeros_like(t).view(windows) for t in (x_BT, y_BT)))
         for kept, new in zip(self.skipped_batch, (step, x_BT, y_BT), strict=True):
-            kept.copy_(torch.where(bad, new, kept))
+            kept.copy_(torch.where(bad, new.view_as(kept), kept))
 
     def step(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
         """One optimizer step. Returns this rank's detached losses, and the gradient norm before clipping.

@@ -143,6 +143,21 @@ def test_windows_grow_and_hold_the_same_tokens() -> None:
     assert float(short["grad_norm"]) == float(whole["grad_norm"])
 
 
+def test_a_batch_is_skipped_whole_at_every_window() -> None:
+    config = tiny(seq_len_start=8, seq_len_full_at=0.5, iterations=100)
+    trainer = Trainer(config, KERNELS, ALONE)
+    for step in (0, 30, 60):
+        batch = batch_of(config, seed=step)
+        trainer.skip_unless(
+            torch.tensor(False), *(t.view(-1, seq_len_at(Progress(step, 0.0), config)) for t in batch[:2])
+        )
+        assert trainer.skipped_batch is not None
+        assert all(torch.equal(kept, given) for kept, given in zip(trainer.skipped_batch[1:], batch[:2], strict=True))
+        trainer.step(batch, Progress(step, 0.0))  # a good step of another length keeps what was bad
+        assert torch.equal(trainer.skipped_batch[1], batch[0])
+    assert int(trainer.masters.skipped) == 3
+
+
 def test_latent_objectives_fade() -> None:
     config = tiny(jepa_until=0.5, iterations=100, sigreg_lambda=2.0)
     assert [jepa_scale_at(Progress(s, 0.0), config) for s in (0, 25, 50, 80)] == [1.0, 0.5, 0.0, 0.0]
