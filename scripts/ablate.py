@@ -566,6 +566,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed = execute(spec, chosen, slots_of(spec, arguments.jobs))
         result = write_report(spec, runs, out, command)
         if arguments.keep is not None:
+            arguments.keep.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(arguments.keep, (out / "report.json").read_bytes())
         for budget in spec.budgets:
             print(f"\n{budget}: {limits_text(spec.budgets[budget])}\n{arm_table(result, budget)}")
