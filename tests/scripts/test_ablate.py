@@ -153,7 +153,9 @@ def test_runs_once_resumes_and_reports(spec_file: Path, tmp_path: Path, fake_ent
     assert ablate.main([*where, "--jobs", "2"]) == 1
     assert "time/plain-seed3: status 0, see" in capsys.readouterr().err
     (spoiled / "break").unlink()
-    assert ablate.main(where) == 0
+    kept = tmp_path / "new" / "kept.json"
+    assert ablate.main([*where, "--keep", str(kept)]) == 0
+    assert kept.read_bytes() == (out / "report.json").read_bytes()
     capsys.readouterr()
     started = {p.parent.name: p.read_text() for p in out.glob("runs/*/*/started") if p.parent.parent.name == "time"}
     assert started == {f"{a}-seed{s}": "xx" if (a, s) == ("plain", 3) else "x" for a in
