@@ -133,7 +133,9 @@ class Campaign:
         attempt = self.learner.start(run, **options)
         newest = count * CHECKPOINT_EVERY[self.learner.name]
         reached = attempt.wait_for(lambda: any(_step(p) >= newest for p in self.learner.checkpoints(run)))
-        assert reached, attempt.end().output
+        if not reached:
+            ended = attempt.end()
+            raise AssertionError(f"{run.name}: no checkpoint {newest}, ended with {ended.codes}: {ended.output[-900:]}")
         return attempt
 
     # ------------------------------------------------------------ processes
