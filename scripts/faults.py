@@ -410,12 +410,16 @@ class Campaign:
         outcome = self.outcome("resumed with another number of ranks: 2, 1, 2")
         # One micro-batch a rank: SIGReg's statistic is over a micro-batch of all ranks together.
         changes = {"micro_batch_tokens": 256}
-        whole, run, stays = self.folder("ranks-whole"), self.folder("ranks"), self.folder("ranks-stays")
+        whole, run, kept = self.folder("ranks-whole"), self.folder("ranks"), self.folder("ranks-kept")
+        stays = self.folder("ranks-stays")
         ended = [self.with_ranks(2, whole, changes)]
         first = self.stopped_behind(2, run, 2, changes)
         second = self.stopped_behind(1, run, 4, changes)
-        shutil.copytree(run, stays)  # the same weights and moments, on one rank to the end
-        ended += [self.with_ranks(1, stays, changes), self.with_ranks(2, run, changes)]
+        shutil.copytree(run, kept)
+        ended.append(self.with_ranks(1, run, changes))  # the same weights and moments, on one rank to the end
+        run.rename(stays)
+        kept.rename(run)
+        ended.append(self.with_ranks(2, run, changes))
         if problem := next((f"ended with {e.codes}: {e.output[-600:]}" for e in ended if set(e.codes) != {0}), ""):
             outcome.count("ranks", 0, problem)
             return
