@@ -34,6 +34,7 @@ PRELOAD = {"lm": "submissions.jepa_mamba.train_gpt", "world": "worldmodel.train.
 STEPS = {"lm": 24, "world": 24}
 CHECKPOINT_EVERY = {"lm": 4, "world": 6}
 SLOW_FSYNC_S = 0.03
+CLOCK_JUMP_S = 0.05  # between two settings of a clock that jumps
 PEER_GRACE_S = 30.0  # for a rank to notice that another one is gone
 LM_OPTIONS: dict[str, Any] = {
     "device": "cpu", "kernels": "torch", "tokenizer": "byte", "vocab_size": 256, "model_dim": 32, "num_layers": 3,
@@ -123,8 +124,13 @@ def plant(learner: str, faults: dict[str, Any]) -> None:
 
         os.fsync = slow_fsync
     if "clock" in faults:
-        rng, real = random.Random(faults["clock"]), time.time
-        time.time = lambda: real() + rng.choice((-1, 1)) * rng.uniform(0, 1e8)
+        real = time.time
+
+        def jumping() -> float:
+            rng = random.Random(f"{faults['clock']} {time.monotonic() // CLOCK_JUMP_S}")
+            return real() + rng.choice((-1, 1)) * rng.uniform(0, 1e8)
+
+        time.time = jumping
     if "nan_steps" in faults:
         nan_steps = frozenset(faults["nan_steps"])
         if learner == "lm":

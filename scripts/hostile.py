@@ -664,7 +664,11 @@ class Options(Kind):
         from submissions.jepa_mamba.train_gpt import parse_command, read_preset
 
         if data.startswith(b"--"):
-            parse_command(data.decode("utf-8", "replace").replace("\0", "").splitlines(), {})
+            try:
+                parse_command(data.decode("utf-8", "replace").replace("\0", "").splitlines(), {})
+            except SystemExit as asked:
+                if asked.code:  # without: --help
+                    raise
         else:
             read_preset(str(self.file("preset.py", data)))
 

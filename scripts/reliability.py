@@ -6,7 +6,9 @@ the markers and is nobody's but the writer's.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -67,9 +69,14 @@ def record(section: str, document: dict[str, Any], body: str, *, store: Path = S
         store: the JSON file.
         page: the Markdown file; it holds the section's two markers.
     """
-    sections = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    sections[section] = document
-    head = "\n".join(f"`{made['command']}`, {made['date']}, {made['machine']}  " for made in document["provenance"])
-    text = replace_between(page.read_text(encoding="utf-8"), section, f"{head}\n\n{body}\n")
-    write_atomically(store, (json.dumps(sections, indent=1) + "\n").encode())
-    write_atomically(page, text.encode())
+    lock = os.open(store.parent, os.O_RDONLY)  # campaigns may run side by side, each with a section of its own
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sections = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+        sections[section] = document
+        head = "\n".join(f"`{made['command']}`, {made['date']}, {made['machine']}  " for made in document["provenance"])
+        text = replace_between(page.read_text(encoding="utf-8"), section, f"{head}\n\n{body}\n")
+        write_atomically(store, (json.dumps(sections, indent=1) + "\n").encode())
+        write_atomically(page, text.encode())
+    finally:
+        os.close(lock)

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.reliability import ROOT, provenance, record, table
+from scripts.reliability import PAGE, ROOT, STORE, provenance, record, table
 
 GIGABYTE = 10**9
 MEMORY_LIMIT_BYTES = 1_500_000_000
@@ -347,9 +347,7 @@ def world_per_frame() -> dict[str, tuple[int, int]]:
     tokens = frame.rows * frame.columns
     return {
         "tokenizer": (multiplying(lambda: Tokenizer(stage.tokenizer, rngs=nnx.Rngs(0))), tokens),
-        "dynamics": (
-            multiplying(lambda: build_dynamics(PROFILE.dynamics, num_actions=15, rngs=nnx.Rngs(0))), tokens
-        ),
+        "dynamics": (multiplying(lambda: build_dynamics(PROFILE.dynamics, num_actions=15, rngs=nnx.Rngs(0))), tokens),
     }
 
 
@@ -378,6 +376,8 @@ def render_loads(document: dict[str, Any]) -> str:
               f"{r['loader']['tokens_per_s']:,.0f}", f"{r['loader']['tokens_per_cpu_s']:,.0f}",
               f"{r['loader']['memory_bytes'] / 1e6:.0f}", f"{r['loader']['first_batch_s']:.2f}") for r in rows],
         ))  # fmt: skip
+        parts.append(flatness(rows, {"prepare_text": lambda r: r["prepare_mb_per_cpu_s"],
+                                     "loader": lambda r: r["loader"]["tokens_per_cpu_s"]}))  # fmt: skip
     if rows := document.get("world"):
         parts.append(table(
             ("raw frames, GB", "on disk, GB", "writer, MB/s", "memory, MB", "loader, frames/s", "frames/CPU s",
@@ -387,6 +387,7 @@ def render_loads(document: dict[str, Any]) -> str:
               f"{r['loader']['frames_per_cpu_s']:,.0f}", f"{r['loader']['memory_bytes'] / 1e6:.0f}",
               f"{r['loader']['first_batch_s']:.2f}") for r in rows],
         ))  # fmt: skip
+        parts.append(flatness(rows, {"loader": lambda r: r["loader"]["frames_per_cpu_s"]}))
     if rows := document.get("checkpoints"):
         parts.append(table(
             ("checkpoints of", "width x layers", "parameters", "MB", "save and verify, s", "load and verify, s",
@@ -397,7 +398,19 @@ def render_loads(document: dict[str, Any]) -> str:
         ))  # fmt: skip
     if cost := document.get("cost"):
         parts.append(render_cost(cost))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def flatness(rows: Sequence[dict[str, Any]], rates: dict[str, Callable[[dict[str, Any]], float]]) -> str:
+    """What is left of each rate a processor second at the largest size; "" for a single size."""
+    first, last = (extreme(rows, key=lambda r: r["gigabytes"]) for extreme in (min, max))
+    if first is last:
+        return ""
+    shares = ", ".join(f"{name} {rate(last) / rate(first):.2f}" for name, rate in rates.items())
+    return (
+        f"Rate a CPU second at {last['gigabytes']:.2f} GB over that at {first['gigabytes']:.2f} GB: {shares} "
+        "(rates by the clock depend on what else the machine does)."
+    )
 
 
 def render_cost(cost: dict[str, Any]) -> str:
@@ -457,20 +470,38 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for gigabytes in args.gigabytes:
                     document[part].append(measure(gigabytes, args.seconds, scratch))
                     print(json.dumps({part: document[part][-1]}), flush=True)
+                    keep(document, args.json)
         if "checkpoints" in args.parts:
             document["checkpoints"] = measure_checkpoints(scratch)
             print(json.dumps({"checkpoints": document["checkpoints"]}), flush=True)
+            keep(document, args.json)
     if "cost" in args.parts:
         document["cost"] = apart(measure_cost)
-    body = render_loads(document)
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    else:
-        record("load", document, body)
-    print(body)
+        keep(document, args.json)
+    print(render_loads(document))
     memory = [r["prepare_memory_bytes"] for r in document.get("text", [])]
     memory += [r["loader"]["memory_bytes"] for part in ("text", "world") for r in document.get(part, [])]
     over = [size for size in memory if size > MEMORY_LIMIT_BYTES]
     if over:
         print(f"memory of {max(over):,} bytes, at most {MEMORY_LIMIT_BYTES:,} are wanted", file=sys.stderr)
     return 1 if over else 0
+
+
+def keep(document: dict[str, Any], path: Path | None, *, store: Path = STORE, page: Path = PAGE) -> None:
+    """Write what is known so far, beside the parts that earlier commands measured and this one has not.
+
+    Args:
+        document: what was measured, by part, with its provenance.
+        path: a JSON file for it instead of the page.
+        store: figures of all earlier commands.
+        page: where the tables stand.
+    """
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        return
+    sections = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+    before = sections.get("load", {})
+    earlier = {part: before[part] for part in PARTS if part in before and part not in document}
+    made = [line for line in before.get("provenance", []) if line not in document["provenance"]] if earlier else []
+    whole = {**document, **earlier, "provenance": [*made, *document["provenance"]]}
+    record("load", whole, render_loads(whole), store=store, page=page)

@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -464,9 +464,16 @@ class Command(NamedTuple):
     log_json: bool
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all)")
+
+
 def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     """Command line + environment -> Command. Raises ConfigError; `--help` prints every option and exits."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="train_gpt.py",
         description=(__doc__ or "").split("\n")[0],
         allow_abbrev=False,

@@ -70,7 +70,11 @@ def test_a_run_that_ends_otherwise_or_not_at_all_is_a_failure(monkeypatch: pytes
         def end(self, grace_s: float) -> object:
             return faults.Ended(self.codes, "output", 1.0, 0.5)
 
-    for codes, result, problem in (([0], b"1234", ""), ([0], b"1235", "1 bytes differ"), ([1], b"1234", "ended with")):
+    for codes, result, problem in (
+        ([0], b"1234", ""),
+        ([0], b"1235", "1 bytes differ"),
+        ([1], b"1234", "resumed run ended, status"),
+    ):
         monkeypatch.setattr(tested.learner, "start", lambda run, codes=codes: Started(codes), raising=False)
         monkeypatch.setattr(tested.learner, "result", lambda run, result=result: {"weights": result}, raising=False)
         outcome = tested.outcome("test")
@@ -79,7 +83,9 @@ def test_a_run_that_ends_otherwise_or_not_at_all_is_a_failure(monkeypatch: pytes
         assert outcome.survived == (not problem)
         assert all(problem in failure for failure in outcome.failures)
         assert len(outcome.failures) == bool(problem)
-    assert "| **all** |  | 3 | 1 | 1 | 0.50 |" in render(tested.outcomes)
+    shown = render(tested.outcomes)
+    assert "| **all** |  | 3 | 1 | 1 | 0.50 |" in shown
+    assert "**failed**: it: resumed run ended, status [1]: output" in shown
 
 
 def test_a_named_error_is_one_line_with_status_2() -> None:

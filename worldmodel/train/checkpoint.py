@@ -26,6 +26,9 @@ from worldmodel.train.state import Tree, flatten_names
 # Orbax and TensorStore raise anything for a file that is not what they wrote, plain Exception too.
 DAMAGE = Exception
 CHECKSUM_VALUES = 1 << 20  # values summed at once
+# Orbax measures how long a write takes by the system's clock and gives up after 20 minutes of it: a clock that is set
+# anew meanwhile would end the run. A disk that hangs is waited for, as everywhere else.
+ORBAX_TIMEOUT_S = 10 * 365 * 24 * 3600
 
 
 def encode_loader_state(state: Any) -> dict[str, Any]:
@@ -128,6 +131,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             enable_async_checkpointing=not read_only,
+            async_options=ocp.options.AsyncOptions(timeout_secs=ORBAX_TIMEOUT_S),
             cleanup_tmp_directories=not read_only,  # what a killed process was writing
         )
         self.passed_over: list[str] = []

@@ -262,7 +262,9 @@ def train(
         The summary: status "finished" or "stopped", steps, seconds, last metrics.
 
     Raises:
-        ConfigError, DataError, CheckpointError: bad configuration, data or run folder.
+        ConfigError, DataError, CheckpointError: bad configuration, data or run folder; ConfigError too if
+            `jax.distributed` has joined several processes: the loader, the sums of a checkpoint and the placing of a
+            batch are made for them, run folder, log and stop signals are not.
         TrainingError: too many steps without a finite gradient; the last such batch is in the run folder.
         StorageError: a checkpoint or log cannot be written.
     """
@@ -282,6 +284,12 @@ def _train(
     console: TrainingConsole,
 ) -> dict[str, Any]:
     request_determinism(config)
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} JAX processes train into {config.run_dir}, expected one: every process would write "
+            "the same config.json, log.jsonl and summary.json, and a stop signal to one would not reach the others. "
+            "Start one process with all devices of one machine (mesh.data, mesh.fsdp)"
+        )
     as_json = to_dict(config)
     run = RunFolder(config.run_dir, as_json, overwrite=overwrite)
     if run.summary is not None:

@@ -49,6 +49,37 @@ def test_small_inputs_are_measured_and_leave_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["load.json"]
 
 
+def text_row(gigabytes: float, rate: float) -> dict:
+    loader = {"tokens_per_s": 1.0, "tokens_per_cpu_s": 8.0, "memory_bytes": 1, "first_batch_s": 0.1}
+    return {"gigabytes": gigabytes, "documents": 3, "prepare_mb_per_s": 1.0, "prepare_mb_per_cpu_s": rate,
+            "prepare_memory_bytes": 1, "loader": loader}  # fmt: skip
+
+
+def test_a_campaign_keeps_the_parts_that_it_does_not_measure(tmp_path: Path) -> None:
+    store, page = tmp_path / "reliability.json", tmp_path / "page.md"
+    page.write_text("a\n<!-- load:begin -->\n<!-- load:end -->\nb\n", encoding="utf-8")
+
+    def made(command: str) -> list[dict[str, str]]:
+        return [{"command": command, "date": "today", "machine": "this"}]
+
+    text = [text_row(0.1, 20.0), text_row(10.0, 19.0)]
+    load.keep({"text": text[:1], "provenance": made("first")}, None, store=store, page=page)
+    assert "Rate a CPU second" not in page.read_text(encoding="utf-8")
+    load.keep({"text": text, "provenance": made("second")}, None, store=store, page=page)
+    loader = {"frames_per_s": 1.0, "frames_per_cpu_s": 1.0, "memory_bytes": 1, "first_batch_s": 0.1}
+    writer = {"write_mb_per_s": 1.0, "memory_bytes": 1}
+    world = [{"gigabytes": 0.1, "disk_bytes": 1, "writer": writer, "loader": loader}]
+    load.keep({"world": world, "provenance": made("third")}, None, store=store, page=page)
+    kept = json.loads(store.read_text(encoding="utf-8"))["load"]
+    assert (kept["text"], kept["world"]) == (text, world)
+    assert [line["command"] for line in kept["provenance"]] == ["second", "third"]
+    shown = page.read_text(encoding="utf-8")
+    assert "`second`, today, this  \n`third`, today, this  \n" in shown
+    assert "at 10.00 GB over that at 0.10 GB: prepare_text 0.95, loader 1.00" in shown
+    assert shown.startswith("a\n")
+    assert shown.endswith("b\n")
+
+
 def test_too_much_memory_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"prepare_memory_bytes": load.MEMORY_LIMIT_BYTES + 1, "loader": {"memory_bytes": 1}}
     monkeypatch.setattr(load, "measure_text", lambda *arguments: row)

@@ -138,3 +138,10 @@ def test_defaults_are_the_published_run() -> None:
     published = read_preset("seed_bpe")
     differing = {k for k, v in published.items() if getattr(Config(), k) != v}
     assert differing <= {"val_loss_every", "eval_modes"}
+
+
+@pytest.mark.parametrize("flag", ["--device", "--tokens=many", "-hx", "--overwrite=1"])
+def test_flags_that_argparse_would_refuse_with_its_usage_are_named(flag: str, capsys) -> None:
+    with pytest.raises(ConfigError, match="--help lists all"):
+        parse_command([flag], {})
+    assert capsys.readouterr() == ("", "")

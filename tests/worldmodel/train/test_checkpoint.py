@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -140,6 +141,17 @@ class NumberedSource(MemorySource):
 
         loader.__class__ = Numbered
         return loader
+
+
+def test_a_clock_that_jumps_while_a_checkpoint_is_written_ends_nothing(tmp_path: Path, monkeypatch) -> None:
+    real, state = time.time, {"w": jnp.ones((256, 256))}
+    # A third of a year on and back every 5 ms: longer than Orbax waits for a write by default.
+    monkeypatch.setattr(time, "time", lambda: real() + 1e7 * (int(time.monotonic() / 0.005) % 2))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 6):
+        checkpoints.save(step, state, config={}, loader_state={})
+    checkpoints.close()
+    assert checkpoints.latest == 5
 
 
 def test_steps_that_are_not_finite_change_nothing_but_the_count(tmp_path: Path, monkeypatch) -> None:
