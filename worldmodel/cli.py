@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import sys
@@ -26,6 +27,7 @@ from worldmodel.data.importer import ImportConfig, run_import
 from worldmodel.data.inspect import InspectConfig, ValidateConfig, run_inspect, run_validate
 from worldmodel.data.records import open_dataset
 from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
+from worldmodel.doctor import examine, lines_of
 from worldmodel.evaluate.suite import evaluate_world
 from worldmodel.export import FITTED, export_world, load_exported
 from worldmodel.fisher import world_statistics
@@ -35,6 +37,7 @@ from worldmodel.rollout.render import rollout_rows, write_picture_files
 from worldmodel.rollout.world import World, load_world
 from worldmodel.runs import write_json_atomic
 from worldmodel.train.loop import train
+from worldmodel.train.restore import load_run_config
 
 PROFILES = ("cpu", "gpu", "paper")
 BAD_INPUT_STATUS = 2
@@ -127,6 +130,43 @@ class TrainCommand:
     """Print the entries of log.jsonl and nothing else."""
 
 
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Predict memory and speed of a preset's training on this device, or on another."""
+
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")] = "cpu-dynamics"
+    """A preset of `train`, such as cpu-dynamics."""
+    run: str = ""
+    """Run folder whose configuration is examined instead."""
+    batch_size: int = 0
+    """Clips a step; 0 takes the configuration's."""
+    num_actions: int = 15
+    """Recorded actions of the data set."""
+    target: Literal["here", "h200"] = "here"
+    measure_steps: int = 0
+    """Also run so many steps on random frames, and say what they took."""
+    json: str = ""
+    """File for the JSON document."""
+    overwrite: bool = False
+
+    def config(self) -> TrainConfig:
+        """The configuration to examine.
+
+        Raises:
+            ConfigError: no preset of that name (the nearest is suggested).
+        """
+        if self.run:
+            config = load_run_config(self.run)
+        else:
+            presets = train_presets()
+            if self.preset not in presets:
+                near = difflib.get_close_matches(self.preset, presets, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"no preset {self.preset!r}: {hint}there are {', '.join(presets)}")
+            config = presets[self.preset].config
+        return dataclasses.replace(config, batch_size=self.batch_size) if self.batch_size else config
+
+
 def train_presets() -> dict[str, TrainCommand]:
     """Every preset of `train`, by name."""
     presets = {}
@@ -156,6 +196,7 @@ def _command_type() -> Any:
         "coinrun": (CoinrunConfig, "the whole case study"),
         "baselines": (BaselinesConfig, "train and score every kind of model"),
         "leaderboard": (LeaderboardConfig, "write the leaderboard from run folders"),
+        "doctor": (DoctorCommand, "what a configuration will need"),
         "ablate": (AblateConfig, "one change at a time, over seeds"),
     }
     train_type = tyro.extras.subcommand_type_from_defaults(train_presets(), prefix_names=False)
@@ -215,6 +256,18 @@ def _export(command: ExportCommand) -> None:
     print(format_size_table(report))
 
 
+def _doctor(command: DoctorCommand) -> None:
+    if command.json:
+        _refuse_existing(Path(command.json), command.overwrite)
+    document = examine(
+        command.config(), num_actions=command.num_actions, target=command.target, measure_steps=command.measure_steps
+    )
+    print("\n".join(lines_of(document)))
+    if command.json:
+        write_json_atomic(Path(command.json), document)
+        print(command.json)
+
+
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
@@ -242,6 +295,8 @@ def run(command: Any) -> int:
         print(run_baselines(command))
     elif isinstance(command, LeaderboardConfig):
         print(write_leaderboard(command.runs, Path(command.out)))
+    elif isinstance(command, DoctorCommand):
+        _doctor(command)
     elif isinstance(command, AblateConfig):
         print(run_ablate(command))
     else:

@@ -413,8 +413,16 @@ class EvaluateConfig:
     seed: int = 0
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     speed_frames: int = 40
+    reader_steps: int = 400
+    """Training steps of the network that reads actions and states off frames; 0 leaves those scores out."""
+    frechet_samples: int = 200
+    """Bootstrap draws of the Fréchet distance, which are costlier than the others; 0 leaves it out."""
 
     def __post_init__(self) -> None:
+        if self.reader_steps < 0 or self.frechet_samples < 0:
+            raise ConfigError(
+                f"reader_steps {self.reader_steps} and frechet_samples {self.frechet_samples}: expected at least 0"
+            )
         if max(self.horizons) > self.rollout.horizon or self.delta_horizon > self.rollout.horizon:
             raise ConfigError(
                 f"horizons {self.horizons} and delta_horizon {self.delta_horizon} must lie within "

@@ -68,7 +68,8 @@ def world_row(scores: dict[str, Any]) -> list[str]:
     """One world."""
     fitted = scores["action_map"]
     return [
-        *facts(scores), str(scores["config"]["rollout"]["decode_steps"]),
+        *facts(scores),
+        "one a token" if scores.get("kind") == "causal" else str(scores["config"]["rollout"]["decode_steps"]),
         *(cell(scores["horizons"][h]["rollout_psnr_db"]) if h in scores["horizons"] else "–" for h in HORIZONS),
         cell(scores["horizons"]["4"]["above_copy_last_db"]) if "4" in scores["horizons"] else "–",
         cell(scores["delta_psnr_db"]),
@@ -133,7 +134,14 @@ def write_leaderboard(runs: Sequence[str | Path], out: Path) -> Path:
     for group in sorted({(d["baseline"]["profile"], d["baseline"]["step_share"]) for d in documents}):
         mine = [d for d in documents if (d["baseline"]["profile"], d["baseline"]["step_share"]) == group]
         covers = mine[0]["data"]
-        lines += ["", f"## Profile {group[0]}, {group[1]:.0%} of its steps", ""]
+        whole = group[1] == 1.0
+        lines += ["", f"## Profile {group[0]}, {'all' if whole else f'{group[1]:.0%}'} of its steps", ""]
+        if not whole:
+            lines += [
+                f"**Not the full preset: every model was trained for {group[1]:.0%} of its steps only**, its schedule "
+                "shortened alike.",
+                "",
+            ]
         lines.append(
             f"{covers['clips']} clips of {covers['frames_per_clip']} frames, split {covers['split']}, data "
             f"{covers['sha256'][:12]}; {mine[0]['baseline']['hardware']}."
@@ -141,7 +149,8 @@ def write_leaderboard(runs: Sequence[str | Path], out: Path) -> Path:
         for stage, title, head, row in SECTIONS:
             rows = [row(d) for d in mine if d["stage"] == stage]
             if rows:
-                lines += ["", f"### {title}", "", *table(head, rows)]
+                short = "" if whole else f" at {group[1]:.0%} of the preset's steps"
+                lines += ["", f"### {title}{short}", "", *table(head, rows)]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(out, "\n".join([*lines, ""]))
     return out

@@ -89,6 +89,16 @@ def test_the_leaderboard_holds_the_documents_and_nothing_else(tmp_path):
     assert "50.0 [49.0, 51.0]" in rows[0]
     assert "| – |" in rows[1]
     assert "Tokenizers" not in text
+    # Nobody takes a tenth of the steps for the preset.
+    assert "## Profile cpu, 10% of its steps" in text
+    assert "### Worlds at 10% of the preset's steps" in text
+    assert "Not the full preset" in text
+    for document in (world_document("maskgit", 20.25), world_document("shortcut", 21.5)):
+        document["baseline"]["step_share"] = 1.0
+        (tmp_path / document["baseline"]["name"] / "evaluation.json").write_text(json.dumps(document))
+    full = write_leaderboard([tmp_path], tmp_path / "out" / "FULL.md").read_text()
+    assert "## Profile cpu, all of its steps" in full
+    assert "Not the full preset" not in full
     assert cell(None) == "–"
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1

@@ -195,7 +195,7 @@ def test_one_loop_one_export_one_evaluation(tokenizer, dynamics, tmp_path, monke
     stored = load_exported(tmp_path / "m.artifact").sharing(world)
     assert stored.config == config
     evaluate = EvaluateConfig(clips=6, batch_size=6, horizons=(1, 3), delta_horizon=2, bootstrap_samples=20,
-                              rollout=ROLLOUT, speed_frames=2)  # fmt: skip
+                              rollout=ROLLOUT, speed_frames=2, reader_steps=0, frechet_samples=0)  # fmt: skip
     document = suite.evaluate_world(stored, "data", evaluate)
     json.dumps(document)
     assert document["kind"] == dynamics.kind

@@ -81,7 +81,7 @@ def test_evaluation_measures_what_it_says(worlds, source, monkeypatch):
     monkeypatch.setattr(suite, "open_dataset", lambda *_: FakeSet())
     monkeypatch.setattr(suite, "MATMUL_SIZE", 64)
     config = EvaluateConfig(clips=99, batch_size=5, horizons=(1, 3), delta_horizon=2, bootstrap_samples=50,
-                            rollout=ROLLOUT, speed_frames=3)  # fmt: skip
+                            rollout=ROLLOUT, speed_frames=3, reader_steps=0, frechet_samples=5)  # fmt: skip
     world = worlds[source]
     document = suite.evaluate_world(world, "data", config)
     json.dumps(document)
@@ -105,6 +105,10 @@ def test_evaluation_measures_what_it_says(worlds, source, monkeypatch):
     assert speed["frames"] == 3
     assert 0 < speed["p50_ms"] <= speed["p95_ms"]
     assert 0 < speed["mfu"] < 1
+    assert 0 < speed["remembered_bytes"] < speed["peak_memory_bytes"]
+    far, oracle = (document["frechet_random_features"][name] for name in ("dream", "tokenizer_oracle"))
+    assert far["value"] > 0 < oracle["value"]
+    assert document["action_fidelity"] is None
 
 
 def test_teacher_forced_bits_are_the_cross_entropy_of_unscaled_logits(worlds):

@@ -1,4 +1,4 @@
-"""Collect a data set from procgen games: reproducible bit for bit, resumable, extensible.
+"""Collect a data set from games: reproducible bit for bit, resumable, extensible.
 
 A split is a list of *shards*; a shard is a fresh vector of games with its own seed, played for a fixed number of steps,
 and becomes one file. Shards do not depend on each other, so the content does not depend on how many are played at once,
@@ -21,15 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.errors import ConfigError, DataError
 from worldmodel.data.envs import (
-    PROCGEN_ACTION_NAMES,
-    PROCGEN_FPS,
-    PROCGEN_FRAME_SHAPE,
     Cancelled,
     EnvOptions,
-    PolicyName,
     make_policy,
     play_shard,
+    spec_of,
 )
+from worldmodel.data.policies import POLICY_NAMES, load_policy_factory, policy_source_sha256, right_weights
 from worldmodel.data.records import (
     MANIFEST_NAME,
     SPLITS,
@@ -52,13 +50,14 @@ class LevelRange:
 
 @dataclasses.dataclass(frozen=True)
 class CollectConfig:
-    """Record procgen games. Every value but `workers`, `append` and `overwrite` decides the content."""
+    """Record games. Every value but `workers`, `append` and `overwrite` decides the content."""
 
     out_dir: Path = Path("data/coinrun")
     """Folder of the data set."""
     env: EnvOptions = dataclasses.field(default_factory=EnvOptions)
-    policy: PolicyName = "sticky-right"
-    """Who plays: uniformly random actions, or sticky ones that tend to the right."""
+    policy: str = "sticky-right"
+    """Who plays: `random` (uniform), `sticky` (repeats itself), `sticky-right` (the same, tending to the right), or
+    `module:function` of your own, called as function(num_envs, generator, action_names)."""
     seed: int = 0
     train_frames: int = 102_400
     val_frames: int = 12_800
@@ -92,6 +91,11 @@ def _check(config: CollectConfig) -> None:
         raise ConfigError(f"zstd_level {config.zstd_level}: expected a value in [1, 22]")
     if config.workers < 0 or config.seed < 0:
         raise ConfigError(f"workers {config.workers} and seed {config.seed}: expected at least 0")
+    spec = spec_of(config.env)  # refuses a game that cannot be opened here
+    if config.policy == "sticky-right" and not config.env.procgen:
+        right_weights(spec.action_names)
+    elif config.policy not in POLICY_NAMES:
+        load_policy_factory(config.policy)
     wanted = []
     for split in SPLITS:
         frames, levels = _frames_of(config, split), _levels_of(config, split)
@@ -125,9 +129,11 @@ def _levels_of(config: CollectConfig, split: str) -> LevelRange:
 
 def _recipe(config: CollectConfig) -> dict[str, Any]:
     """Everything that decides what one shard holds."""
+    source_sha256 = policy_source_sha256(config.policy)
     return {
-        "env": dataclasses.asdict(config.env),
+        "env": config.env.recipe(),
         "policy": config.policy,
+        **({"policy_source_sha256": source_sha256} if source_sha256 else {}),
         "seed": config.seed,
         "levels": {split: [_levels_of(config, split).start, _levels_of(config, split).count] for split in SPLITS},
         "num_envs": config.num_envs,
@@ -149,17 +155,18 @@ def _shard_seed(seed: int, split: str, number: int) -> np.random.SeedSequence:
 
 
 def _new_manifest(config: CollectConfig) -> dict[str, Any]:
+    spec = spec_of(config.env)
     return {
         "kind": "frames",
-        "name": config.env.game,
-        "item_shape": list(PROCGEN_FRAME_SHAPE),
+        "name": spec.name,
+        "item_shape": list(spec.frame_shape),
         "dtype": "uint8",
         "group_frames": config.group_frames,
-        "num_actions": len(PROCGEN_ACTION_NAMES),
-        "action_names": list(PROCGEN_ACTION_NAMES),
-        "fps": PROCGEN_FPS,
+        "num_actions": len(spec.action_names),
+        "action_names": list(spec.action_names),
+        "fps": spec.fps,
         "complete": False,
-        "source": {"type": "procgen", "recipe": _recipe(config)},
+        "source": {"type": spec.source, "recipe": _recipe(config)},
         "plan": {
             split: _plan_shards(_frames_of(config, split), config) for split in SPLITS if _frames_of(config, split)
         },
@@ -254,9 +261,10 @@ def run_collect(config: CollectConfig) -> dict[str, Any]:
     ]
     total_frames = sum(sum(plan) for plan in manifest["plan"].values()) * config.num_envs
     if todo:
+        spec = spec_of(config.env)
         layout = RecordLayout(
-            item_shape=PROCGEN_FRAME_SHAPE,
-            num_actions=len(PROCGEN_ACTION_NAMES),
+            item_shape=spec.frame_shape,
+            num_actions=len(spec.action_names),
             group_frames=config.group_frames,
             zstd_level=config.zstd_level,
             scan=config.scan,
@@ -279,6 +287,7 @@ def _collect_shards(
     on_frames: Callable[[int], None],
 ) -> dict[str, Any]:
     stop = threading.Event()
+    action_names = spec_of(config.env).action_names
     workers = config.workers or len(os.sched_getaffinity(0))
 
     def collect_one(split: str, number: int, steps: int) -> dict[str, Any]:
@@ -292,7 +301,12 @@ def _collect_shards(
             start_level=levels.start,
             num_levels=levels.count,
             rand_seed=int(level_rng.generate_state(1, np.uint32)[0]) >> 1,
-            policy=make_policy(config.policy, config.num_envs, np.random.Generator(np.random.Philox(action_rng))),
+            policy=make_policy(
+                config.policy,
+                config.num_envs,
+                np.random.Generator(np.random.Philox(action_rng)),
+                action_names=action_names,
+            ),
             on_frames=on_frames,
             stop=stop,
         )

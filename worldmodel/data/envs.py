@@ -1,8 +1,10 @@
-"""Procgen games as a source of episodes, and the policies that play them while data is collected.
+"""Games as a source of episodes: which there are, how one is opened, how a shard of it is played.
 
 gym3's order of things decides the alignment of the records. `observe()` returns (reward, frame, first): the frame is
 the present one; `first` says that it opens an episode; the reward belongs to the action *before* it, which is the last
 action of the ended episode when `first` is set. The frame after the last action of an ended episode is never shown.
+
+`puck.py` is our own game, `adapters.py` has MinAtar, Atari and Craftax; what those need is imported when one is opened.
 
 Letters: N environments, H height, W width, C channels, A actions.
 """
@@ -12,15 +14,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from common.errors import ConfigError
+from worldmodel.data import policies, puck
+from worldmodel.data.adapters import ADAPTED, adapted_spec, open_adapted
+from worldmodel.data.games import GameSpec, JaxGames, LevelOrder, VectorGames
+from worldmodel.data.policies import Policy
 from worldmodel.data.records import END_CUT, END_TERMINAL, EncodedEpisode, EpisodeEncoder, RecordLayout
 
 PROCGEN_GAMES = (
@@ -66,17 +73,17 @@ NUM_ACTIONS = len(PROCGEN_ACTION_NAMES)
 # goes on, and still takes every action often enough that a model can learn what each does.
 _RIGHT_WEIGHTS = (2, 8, 5, 3, 6, 8, 2, 30, 30, 1, 1, 1, 1, 1, 1)
 
-PolicyName = Literal["random", "sticky-right"]
-
 # procgen loads its images and Qt once a process, without a lock of its own.
 _make_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvOptions:
-    """What decides the pictures of a procgen game."""
+    """Which game, and for those of procgen what decides the pictures."""
 
     game: str = "coinrun"
+    """A procgen game, `puck` (our own, no package needed), `minatar:NAME`, `atari:NAME`, `craftax:classic` or
+    `craftax:full`."""
     distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "hard"
     use_backgrounds: bool = True
     restrict_themes: bool = False
@@ -86,62 +93,99 @@ class EnvOptions:
     center_agent: bool = True
 
     def __post_init__(self) -> None:
-        if self.game not in PROCGEN_GAMES:
-            near = difflib.get_close_matches(self.game, PROCGEN_GAMES, 1)
+        kind = self.game.partition(":")[0]
+        if self.game in PROCGEN_GAMES:
+            return
+        if self.game != "puck" and kind not in ADAPTED:
+            known = [*PROCGEN_GAMES, "puck", *(f"{name}:GAME" for name in ADAPTED)]
+            near = difflib.get_close_matches(self.game, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"game {self.game!r}: {hint}expected one of {', '.join(PROCGEN_GAMES)}")
+            raise ConfigError(f"game {self.game!r}: {hint}expected one of {', '.join(known)}")
+        for field in dataclasses.fields(self):
+            if field.name != "game" and getattr(self, field.name) != field.default:
+                raise ConfigError(f"{field.name}: is an option of procgen games, {self.game} does not have it")
+
+    @property
+    def procgen(self) -> bool:
+        """Whether procgen plays it."""
+        return self.game in PROCGEN_GAMES
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the pictures, for the manifest."""
+        return dataclasses.asdict(self) if self.procgen else {"game": self.game}
 
 
-class Policy(Protocol):
-    """Chooses actions while data is collected. Everything it draws comes from the generator that it was made with."""
+def spec_of(options: EnvOptions) -> GameSpec:
+    """Frame size, actions and speed of a game.
 
-    def act(self, frames_NHWC: np.ndarray, first_N: np.ndarray) -> np.ndarray:
-        """Actions (N,) int32 for the present frames; `first_N` marks frames that open an episode."""
-        ...
-
-
-class RandomPolicy:
-    """Uniformly random actions."""
-
-    def __init__(self, num_envs: int, generator: np.random.Generator) -> None:
-        self._num_envs = num_envs
-        self._generator = generator
-
-    def act(self, frames_NHWC: np.ndarray, first_N: np.ndarray) -> np.ndarray:
-        return self._generator.integers(0, NUM_ACTIONS, self._num_envs, dtype=np.int32)
+    Raises:
+        ConfigError: a package that it needs is not installed, or has no such game.
+    """
+    if options.procgen:
+        return GameSpec(options.game, "procgen", PROCGEN_FRAME_SHAPE, PROCGEN_ACTION_NAMES, PROCGEN_FPS)
+    return puck.SPEC if options.game == "puck" else adapted_spec(options.game)
 
 
-class StickyPolicy:
-    """Repeats its last action with probability `stickiness`, else draws a new one from `weights_A`."""
-
-    def __init__(
-        self,
-        num_envs: int,
-        generator: np.random.Generator,
-        *,
-        stickiness: float = 0.75,
-        weights_A: tuple[float, ...] = _RIGHT_WEIGHTS,
-    ) -> None:
-        self._generator = generator
-        self._stickiness = stickiness
-        self._cumulative_A = np.cumsum(weights_A) / np.sum(weights_A)
-        self._last_N = np.zeros(num_envs, np.int32)
-
-    def act(self, frames_NHWC: np.ndarray, first_N: np.ndarray) -> np.ndarray:
-        draws_2N = self._generator.random((2, len(self._last_N)))
-        fresh_N = np.searchsorted(self._cumulative_A, draws_2N[1], side="right").astype(np.int32)
-        redraw_N = first_N | (draws_2N[0] >= self._stickiness)
-        self._last_N = np.where(redraw_N, fresh_N, self._last_N)
-        return self._last_N
+def make_policy(
+    name: str,
+    num_envs: int,
+    generator: np.random.Generator,
+    *,
+    action_names: tuple[str, ...] = PROCGEN_ACTION_NAMES,
+) -> Policy:
+    """The policy of a name, see `policies.make_policy`; procgen games have weights of their own for "sticky-right"."""
+    weights_A = tuple(map(float, _RIGHT_WEIGHTS)) if action_names == PROCGEN_ACTION_NAMES else None
+    return policies.make_policy(name, num_envs, generator, action_names=action_names, weights_A=weights_A)
 
 
-def make_policy(name: PolicyName, num_envs: int, generator: np.random.Generator) -> Policy:
-    """The policy of a name."""
-    if name == "random":
-        return RandomPolicy(num_envs, generator)
-    if name == "sticky-right":
-        return StickyPolicy(num_envs, generator)
-    raise ConfigError(f"policy {name!r}: expected 'random' or 'sticky-right'")
+def open_games(
+    options: EnvOptions, *, num_envs: int, start_level: int, num_levels: int, rand_seed: int
+) -> VectorGames:
+    """Games side by side whose levels and order of levels are all decided by the arguments.
+
+    Args:
+        options: the game.
+        num_envs: games played side by side.
+        start_level, num_levels: level seeds are drawn from [start_level, start_level + num_levels).
+        rand_seed: seed of the order of levels.
+
+    Raises:
+        ConfigError: a package that it needs is not installed, or `num_levels` is not positive.
+    """
+    levels = {"start_level": start_level, "num_levels": num_levels, "rand_seed": rand_seed}
+    if options.procgen:
+        return ProcgenGames(make_procgen(options, num_envs=num_envs, **levels))
+    order = LevelOrder(num_envs, **levels)
+    if options.game == "puck":
+        return JaxGames(puck.GAME, _compiled_puck(), num_envs, order)
+    return open_adapted(options.game, num_envs, order)
+
+
+@functools.cache
+def _compiled_puck() -> tuple[Any, Any]:
+    return puck.GAME.compiled()
+
+
+class ProcgenGames:
+    """procgen behind the interface of `VectorGames`."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+
+    def observe(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rewards_N, observation, first_N = self._env.observe()
+        return rewards_N, observation["rgb"], first_N
+
+    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+        infos = self._env.get_info()
+        seeds = [int(info["level_seed"]) for info in infos]
+        return np.asarray(seeds), np.asarray([int(info["prev_level_complete"]) for info in infos])
+
+    def act(self, actions_N: np.ndarray) -> None:
+        self._env.act(actions_N)
+
+    def close(self) -> None:
+        self._env.close()
 
 
 def make_procgen(options: EnvOptions, *, num_envs: int, start_level: int, num_levels: int, rand_seed: int) -> Any:
@@ -223,39 +267,36 @@ def play_shard(
         on_frames: called with the number of new frames after every step.
         stop: when set, playing ends with `Cancelled`.
     """
-    env = make_procgen(options, num_envs=num_envs, start_level=start_level, num_levels=num_levels, rand_seed=rand_seed)
+    games = open_games(options, num_envs=num_envs, start_level=start_level, num_levels=num_levels, rand_seed=rand_seed)
     try:
         encoders = [EpisodeEncoder(layout) for _ in range(num_envs)]
         episodes: list[EncodedEpisode] = []
         level_seeds = [-1] * num_envs
-        _, observation, first_N = env.observe()
+        _, frames_NHWC, first_N = games.observe()
         actions: list[int] = []
         for step in range(num_steps + 1):
             if step:
-                rewards_N, observation, first_N = env.observe()
+                rewards_N, frames_NHWC, first_N = games.observe()
                 for lane, (action, reward) in enumerate(zip(actions, rewards_N.tolist(), strict=True)):
                     encoders[lane].add_step(action, reward)
             if first_N.any():
-                infos = env.get_info()
+                seeds_N, complete_N = games.levels()
                 for lane in np.flatnonzero(first_N).tolist():
                     if step:
-                        complete = int(infos[lane]["prev_level_complete"])
-                        assert int(infos[lane]["prev_level_seed"]) == level_seeds[lane]
                         episodes.append(
                             encoders[lane].finish(
-                                level_seed=level_seeds[lane], end=END_TERMINAL, level_complete=complete
+                                level_seed=level_seeds[lane], end=END_TERMINAL, level_complete=int(complete_N[lane])
                             )
                         )
-                    level_seeds[lane] = int(infos[lane]["level_seed"])
+                    level_seeds[lane] = int(seeds_N[lane])
             if step == num_steps:
                 break
             if stop is not None and stop.is_set():
                 raise Cancelled
-            frames_NHWC = observation["rgb"]
             for lane in range(num_envs):
                 encoders[lane].add_item(frames_NHWC[lane])
             actions_N = policy.act(frames_NHWC, first_N)
-            env.act(actions_N)
+            games.act(actions_N)
             actions = actions_N.tolist()
             if on_frames is not None:
                 on_frames(num_envs)
@@ -264,7 +305,7 @@ def play_shard(
                 episodes.append(encoders[lane].finish(level_seed=level_seeds[lane], end=END_CUT))
         return episodes
     finally:
-        env.close()
+        games.close()
 
 
 def replay_episode(options: EnvOptions, level_seed: int, actions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -279,16 +320,16 @@ def replay_episode(options: EnvOptions, level_seed: int, actions_N: np.ndarray) 
         frames_NHWC uint8 at which the actions are taken, rewards_N float32 that follow them, and whether the last
         action ended the episode.
     """
-    env = make_procgen(options, num_envs=1, start_level=level_seed, num_levels=1, rand_seed=0)
+    games = open_games(options, num_envs=1, start_level=level_seed, num_levels=1, rand_seed=0)
     try:
         frames, rewards, ended = [], [], False
         for action in actions_N:
-            _, observation, _ = env.observe()
-            frames.append(observation["rgb"][0].copy())
-            env.act(np.asarray([action], np.int32))
-            reward, _, first = env.observe()
-            rewards.append(float(reward[0]))
-            ended = bool(first[0])
+            _, frames_NHWC, _ = games.observe()
+            frames.append(frames_NHWC[0].copy())
+            games.act(np.asarray([action], np.int32))
+            reward_N, _, first_N = games.observe()
+            rewards.append(float(reward_N[0]))
+            ended = bool(first_N[0])
         return np.stack(frames), np.asarray(rewards, np.float32), ended
     finally:
-        env.close()
+        games.close()

@@ -5,6 +5,7 @@ Legend: S clips · T time · A transitions · L embedding size · K numbers of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +16,32 @@ from jax import Array
 
 from worldmodel.config import EvaluateConfig, to_dict
 from worldmodel.evaluate.metrics import mean_entry
+from worldmodel.evaluate.reader import state_entries
 from worldmodel.evaluate.suite import fixed_clips, in_batches
 from worldmodel.models.jepa import Jepa
 
 RIDGE = 1e-3
+
+
+def fit_probe(inputs_SX: np.ndarray, targets_SK: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Ridge regression.
+
+    Args:
+        inputs_SX: what is read, one row a sample.
+        targets_SK: what should be found in it.
+
+    Returns:
+        From inputs (..., X) to predictions (..., K).
+    """
+    mean_X, spread_X = inputs_SX.mean(axis=0), inputs_SX.std(axis=0) + 1e-6
+
+    def prepared(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([(x - mean_X) / spread_X, np.ones((*x.shape[:-1], 1))], axis=-1).astype(np.float64)
+
+    x_SX = prepared(inputs_SX)
+    gram_XX = x_SX.T @ x_SX + RIDGE * len(x_SX) * np.eye(x_SX.shape[1])
+    weight_XK = np.linalg.solve(gram_XX, x_SX.T @ targets_SK)
+    return lambda x: prepared(x) @ weight_XK
 
 
 def linear_probe(
@@ -35,12 +58,28 @@ def linear_probe(
         Squared errors and squared deviations from the fitted rows' mean, each (rows left, K): R^2 = 1 - ratio of sums.
     """
     half = int(len(inputs_SX) * fit_share)
-    mean_X, spread_X = inputs_SX[:half].mean(axis=0), inputs_SX[:half].std(axis=0) + 1e-6
-    x_SX = np.concatenate([(inputs_SX - mean_X) / spread_X, np.ones((len(inputs_SX), 1))], axis=1).astype(np.float64)
-    gram_XX = x_SX[:half].T @ x_SX[:half] + RIDGE * half * np.eye(x_SX.shape[1])
-    weight_XK = np.linalg.solve(gram_XX, x_SX[:half].T @ targets_SK[:half])
+    probe = fit_probe(inputs_SX[:half], targets_SK[:half])
     rest_SK = targets_SK[half:]
-    return (x_SX[half:] @ weight_XK - rest_SK) ** 2, (rest_SK - targets_SK[:half].mean(axis=0)) ** 2
+    return (probe(inputs_SX[half:]) - rest_SK) ** 2, (rest_SK - targets_SK[:half].mean(axis=0)) ** 2
+
+
+def imagined_state_error(
+    embedding_STL: np.ndarray, imagined_SHL: np.ndarray, clips: dict[str, Any], config: EvaluateConfig
+) -> dict[str, Any]:
+    """How far the state that a linear probe finds in imagined embeddings lies from the true one, over the horizon.
+
+    The probe is fitted on the true embeddings of half of the clips, errors are of the others. See `state_entries`.
+    """
+    states_STK = clips["state_BTK"].astype(np.float64)
+    half, prompt = len(states_STK) // 2, config.rollout.prompt_frames
+    probe = fit_probe(
+        embedding_STL[:half].reshape(-1, embedding_STL.shape[-1]), states_STK[:half].reshape(-1, states_STK.shape[-1])
+    )
+    groups = clips.get("state_groups") or {"state": tuple(range(states_STK.shape[-1]))}
+    read = {"dream": probe(imagined_SHL[half:]), "true_frames": probe(embedding_STL[half:, prompt:])}
+    return state_entries(
+        read, states_STK[half:], prompt, groups, config.horizons, samples=config.bootstrap_samples, seed=config.seed
+    )
 
 
 def violated(frames_STHWC: np.ndarray, at: int, kind: str) -> np.ndarray:
@@ -98,7 +137,8 @@ def evaluate_jepa(model: Jepa, data_dir: str, config: EvaluateConfig) -> dict[st
     Returns:
         JSON-ready document: error of predicted embeddings as a share of their variance, beside that of repeating the
         last one; R^2 of linear probes, fitted on half of the clips, of the action between two embeddings and of the
-        true state where it is known; surprise at violations.
+        true state where it is known; how far that state lies off in imagined embeddings (null where it is not known);
+        surprise at violations.
     """
     clips = fixed_clips(data_dir, config)
     frames_STHWC, actions_ST = clips["frames_BTHWC"], clips["actions_BT"]
@@ -141,6 +181,7 @@ def evaluate_jepa(model: Jepa, data_dir: str, config: EvaluateConfig) -> dict[st
         flat = embedding_STL.reshape(-1, embedding_STL.shape[-1])
         errors, deviations = linear_probe(flat, states_STK.reshape(len(flat), -1).astype(np.float64))
         probes["state_r2"] = _r2(errors, deviations)
+    error = imagined_state_error(embedding_STL, imagined_SHL, clips, config) if "state_BTK" in clips else None
     surprise = {}
     for kind in ("teleport", "repeat"):
         wrong = violated(frames_STHWC, prompt, kind)
@@ -162,6 +203,7 @@ def evaluate_jepa(model: Jepa, data_dir: str, config: EvaluateConfig) -> dict[st
         "sigreg": float(model.regularity(jnp.asarray(embedding_STL), jax.random.key(config.seed))),
         "horizons": horizons,
         "probes": probes,
+        "state_error": error,
         "surprise": surprise,
     }  # fmt: skip
 

@@ -15,24 +15,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from common.console import peak_memory_bytes
 from common.errors import ConfigError
 from worldmodel.config import EvaluateConfig, to_dict
-from worldmodel.data.records import open_dataset
+from worldmodel.data.records import EpisodeSet, open_dataset
+from worldmodel.data.states import known_states
 from worldmodel.evaluate.action_map import score_action_map
+from worldmodel.evaluate.frechet import clip_features, frechet_entries
 from worldmodel.evaluate.metrics import frame_mse, frame_ssim, mean_entry, psnr_difference_entry, psnr_entry
+from worldmodel.evaluate.reader import Reader, fidelity_entries, has_train_split, state_entries, trained_reader
 from worldmodel.models.layers import frames_to_unit
 from worldmodel.rollout.world import World
 
 MATMUL_SIZE = 2048
 
 
-def fixed_clips(data_dir: str, config: EvaluateConfig) -> dict[str, np.ndarray]:
-    """The clips of an evaluation: the same for the same data, split, number, length and seed."""
+def fixed_clips(data_dir: str, config: EvaluateConfig) -> dict[str, Any]:
+    """The clips of an evaluation: the same for the same data, split, number, length and seed.
+
+    Where the game tells its state, `state_BTK` holds it and `state_groups` says which columns belong together.
+    """
     dataset = open_dataset(data_dir, config.split)
     seq_len = config.rollout.prompt_frames + config.rollout.horizon
     count = min(config.clips, dataset.require_windows(seq_len))
     clips = dataset.fixed_windows(count, seq_len, seed=config.seed)
-    return {**clips, "data_sha256": np.asarray(dataset.content_sha256)}
+    states = known_states(dataset, clips["windows_B"], seq_len) if isinstance(dataset, EpisodeSet) else None
+    known = {} if states is None else {"state_BTK": states.values_BTK, "state_groups": states.groups}
+    return {**clips, **known, "data_sha256": np.asarray(dataset.content_sha256)}
 
 
 def in_batches(rows_SX: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -60,7 +69,7 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
     Returns:
         JSON-ready document: quality with 95% bootstrap intervals over clips, usage, speed, and what it covers. Bits and
         codebook are null for latents, which have neither; the map of actions, where they are not latent or none is
-        recorded.
+        recorded; action fidelity and state error, where the data has no training split, no actions or no known state.
     """
     clips = fixed_clips(data_dir, config)
     frames_STHWC, actions_ST = clips["frames_BTHWC"], clips["actions_BT"]
@@ -68,6 +77,7 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
     if count < 2:
         raise ConfigError(f"{data_dir} split {config.split} gives {count} clips; intervals need at least 2")
     rng = np.random.default_rng(config.seed)
+    reader = reader_of(data_dir, config) if config.reader_steps else None
     collected: dict[str, list[np.ndarray]] = {}
 
     def add(name: str, values: Array | np.ndarray) -> None:
@@ -101,11 +111,19 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
         if world.discrete:
             add("bits", world.bits(tokens, driven)[:valid, prompt - 1 :])
             add("tokens", tokens[:valid].reshape(valid, -1))
+        if reader is not None:
+            for name, future_frames in (("dream", dream), ("true_frames", truth[:, prompt:])):
+                # One frame before the prompt's last lets the reader see speed, where there is one.
+                around = jnp.concatenate([truth[:, max(prompt - 2, 0) : prompt], future_frames], axis=1)
+                seen = reader.read(around)
+                add(f"read_actions_{name}", seen[0][:valid, -horizon:])
+                add(f"read_states_{name}", seen[1][:valid, -horizon:])
+        if config.frechet_samples:
+            for name, shown_frames in (("real", truth), ("dream", dream), ("tokenizer_oracle", rebuilt)):
+                add(f"features_{name}", clip_features(shown_frames[:, -horizon:])[:valid])
         add("actions", driven[:valid])
         add("recorded", actions_ST[index][:valid, :-1])
-    data = {
-        name: np.concatenate(parts) for name, parts in collected.items()
-    }
+    data = {name: np.concatenate(parts) for name, parts in collected.items()}
     boot = {"samples": config.bootstrap_samples, "seed": config.seed}
     by_horizon: dict[str, Any] = {}
     for place, h in enumerate(config.horizons):
@@ -147,11 +165,46 @@ def evaluate_world(world: World, data_dir: str, config: EvaluateConfig) -> dict[
             if world.latent and (data["recorded"] >= 0).any()
             else None
         ),
+        "frechet_random_features": frechet(data, config) if config.frechet_samples else None,
+        **readings(data, clips, reader, config),
         "batch_rollout_frames_per_s": (
             (count - min(config.batch_size, count)) * horizon / rollout_s if rollout_s else None
         ),
         "speed": measure_speed(world, frames_STHWC[:1], actions_ST[:1], config),
     }  # fmt: skip
+
+
+def reader_of(data_dir: str, config: EvaluateConfig) -> Reader | None:
+    """The reader of a data set's games, or None where it has no training split to learn from."""
+    if not has_train_split(data_dir):
+        return None
+    return trained_reader(
+        data_dir, open_dataset(data_dir, "train").content_sha256, config.reader_steps, config.seed
+    )
+
+
+def frechet(data: dict[str, np.ndarray], config: EvaluateConfig) -> dict[str, Any] | None:
+    """Distances of dreamed and of reconstructed futures from real ones. See `frechet_entries`."""
+    others = {name: data[f"features_{name}"] for name in ("dream", "tokenizer_oracle")}
+    return frechet_entries(data["features_real"], others, samples=config.frechet_samples, seed=config.seed)
+
+
+def readings(
+    data: dict[str, np.ndarray], clips: dict[str, Any], reader: Reader | None, config: EvaluateConfig
+) -> dict[str, Any]:
+    """Action fidelity and state error, each null where it cannot be told."""
+    if reader is None:
+        return {"action_fidelity": None, "state_error": None}
+    boot = {"samples": config.bootstrap_samples, "seed": config.seed}
+    prompt = config.rollout.prompt_frames
+    names = ("dream", "true_frames")
+    seen = {name: data[f"read_actions_{name}"] for name in names}
+    fidelity = fidelity_entries(seen, data["recorded"][:, prompt - 1 :], config.horizons, **boot)
+    error = None
+    if "state_BTK" in clips and reader.state_groups:
+        read = {name: data[f"read_states_{name}"] for name in names}
+        error = state_entries(read, clips["state_BTK"], prompt, reader.state_groups, config.horizons, **boot)
+    return {"reader_steps": reader.steps, "action_fidelity": fidelity, "state_error": error}
 
 
 def usage(codes: np.ndarray, count: int) -> dict[str, Any]:
@@ -181,7 +234,8 @@ def measure_speed(
         config: `speed_frames` frames are timed after one warm-up frame.
 
     Returns:
-        frames/s, p50 and p95 ms a frame, FLOPs a frame (of the compiled program) and MFU.
+        frames/s, p50 and p95 ms a frame, FLOPs a frame (of the compiled program), MFU, bytes that the dynamics
+        remembers, the most memory held so far (of the device where it says so, else of this process).
     """
     prompt = config.rollout.prompt_frames
     driven_BA = world.actions_of(frames_BTHWC, actions_BT)
@@ -210,6 +264,9 @@ def measure_speed(
         "flops_per_frame": flops,
         "measured_matmul_flops_per_s": peak,
         "mfu": flops / (timed_ms.mean() / 1e3) / peak,
+        "remembered_bytes": player.memory_bytes,
+        "peak_memory_bytes": int((jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
+        or peak_memory_bytes(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 

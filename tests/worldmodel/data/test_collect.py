@@ -18,7 +18,6 @@ from worldmodel.data.envs import (
     PROCGEN_GAMES,
     Cancelled,
     EnvOptions,
-    StickyPolicy,
     make_policy,
     make_procgen,
     play_shard,
@@ -230,13 +229,13 @@ def test_names_are_checked_and_the_nearest_is_suggested() -> None:
     with pytest.raises(ConfigError, match="did you mean 'coinrun'"):
         EnvOptions(game="coinrunn")
     with pytest.raises(ConfigError, match="policy 'expert'"):
-        make_policy("expert", 1, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+        make_policy("expert", 1, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="at least one level"):
         make_procgen(EASY, num_envs=1, start_level=0, num_levels=0, rand_seed=0)
 
 
 def test_the_sticky_policy_sticks_goes_right_and_tries_everything() -> None:
-    policy = StickyPolicy(64, np.random.default_rng(0), stickiness=0.75)
+    policy = make_policy("sticky-right", 64, np.random.default_rng(0))
     frames, never = np.zeros((64, 1, 1, 3), np.uint8), np.zeros(64, bool)
     actions = np.stack([policy.act(frames, never) for _ in range(800)])[50:]
     counts = np.bincount(actions.ravel(), minlength=NUM_ACTIONS) / actions.size
