@@ -2667,8 +2667,9 @@ class Trainer:
         step = self.current["step"]
         step = step if isinstance(step, Tensor) else torch.full((), step, device=bad.device)
         if self.skipped_batch is None:
-            windows = (-1, self.config.train_seq_len)  # as the loader gave them, however short the step's pieces are
-            self.skipped_batch = (torch.zeros_like(step), *(torch.zeros_like(t).view(windows) for t in (x_BT, y_BT)))
+            length = self.config.train_seq_len  # windows as the loader gave them, however short the step's pieces are
+            x_kept, y_kept = (torch.zeros_like(t).view(-1, length) for t in (x_BT, y_BT))
+            self.skipped_batch = (torch.zeros_like(step), x_kept, y_kept)
         for kept, new in zip(self.skipped_batch, (step, x_BT, y_BT), strict=True):
             kept.copy_(torch.where(bad, new.view_as(kept), kept))
 

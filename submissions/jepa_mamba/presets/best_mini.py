@@ -7,7 +7,8 @@ Expected: an artifact of about 450 kB (0.94M weights, of them 0.80M int4 and 0.1
 
 Against seed_mini: no latent objectives, feed-forward in every block, two attention layers, slower heads from the
 start, the parts of in_proj orthogonalised apart, documents isolated, a long warmdown, scored in one pass with carried
-state; and by scripts/ablations/scout_mini.toml small batches of many short windows, half of Muon's step size, no softcap.
+state; and, found by scripts/ablations/scout_mini.toml, small batches of short windows, half of Muon's step
+size, and no softcap.
 """
 
 PRESET = {
