@@ -297,8 +297,9 @@ def test_statistics_are_second_moments_of_the_gradient(worlds, statistics):
         layer = statistics["ground-truth"][name]
         n_columns = layer.hessian_CC.shape[1]
         assert layer.hessian_CC.shape == (n_columns, n_columns)
-        np.testing.assert_allclose(layer.hessian_CC, layer.hessian_CC.T)
-        assert np.linalg.eigvalsh(layer.hessian_CC).min() > -1e-9 * np.trace(layer.hessian_CC)
+        rounding = 1e-6 * np.trace(layer.hessian_CC)  # of float32 products, whose order differs from side to side
+        np.testing.assert_allclose(layer.hessian_CC, layer.hessian_CC.T, rtol=0, atol=rounding)
+        assert np.linalg.eigvalsh(layer.hessian_CC).min() > -rounding
         assert layer.sensitivity_R.mean() == pytest.approx(1.05)
     # decoder output x = W z + b: a unit of noise over the pixels has E|dW|^2 = (pixels a patch) E|z|^2 / mse
     clips = game_clips(32, 4, seed=3)
