@@ -7,8 +7,8 @@ Expected: about 1.44 bpb on the standard library's text, read back from a 0.85 M
 
 Differs from the published run where two cores and a few hundred steps ask for it: feed-forward in every block, a long
 warmdown, slower decay rates at the start, one attention layer, the parts of in_proj orthogonalised apart, documents
-isolated, small batches of many short windows, small weights on the latent objectives, and one pass with carried state as
-the score.
+isolated, small batches of many short windows, small weights on the latent objectives, and one pass with carried state
+as the score.
 """
 
 PRESET = {
