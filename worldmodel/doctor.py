@@ -35,16 +35,13 @@ from flax import nnx
 
 from common.errors import ConfigError
 from worldmodel.config import TrainConfig
-from worldmodel.evaluate.suite import measured_matmul_flops_per_s
+from worldmodel.evaluate.suite import best_seconds, measured_matmul_flops_per_s
 from worldmodel.models.lam import LatentActionModel
 from worldmodel.models.tokenizer import Tokenizer
-from worldmodel.train.loop import hardware_line, initial_state, make_report, make_step
+from worldmodel.train.loop import hardware_line, initial_state, make_objective, make_report, make_step
 from worldmodel.train.objectives import (
     DynamicsObjective,
-    JepaObjective,
-    LamObjective,
     Objective,
-    TokenizerObjective,
 )
 from worldmodel.train.state import make_mesh, place_batch, state_shardings
 
@@ -63,18 +60,14 @@ class Ceilings:
     memory_bytes: int | None
 
 
-# Measured on one H200 (shared FACTS: bf16 matmul, device copy); memory is what its driver offers.
+# Measured on one H200: a bf16 matmul, a device copy; memory is what its driver offers.
 TARGETS = {"h200": Ceilings("h200", 790e12, 4.3e12, 139 << 30)}
 
 
 def untrained_objective(config: TrainConfig, num_actions: int) -> Objective:
     """The objective of a stage with untrained models in place of those that it would read from run folders."""
-    if config.stage == "tokenizer":
-        return TokenizerObjective(config)
-    if config.stage == "lam":
-        return LamObjective(config)
-    if config.stage == "jepa":
-        return JepaObjective(config, num_actions=num_actions)
+    if config.stage != "dynamics":
+        return make_objective(config, num_actions)
     lam = None
     if config.dynamics.action_source == "latent-frozen":
         lam = LatentActionModel(config.lam, rngs=nnx.Rngs(0))
@@ -111,13 +104,7 @@ def measured_copy_bytes_per_s(repeats: int = 5) -> float:
     """Rate of a large copy on the default device, bytes read and written together."""
     x = jnp.zeros(COPY_BYTES // 4, jnp.float32)
     copy = jax.jit(lambda a: a + 1.0)
-    copy(x).block_until_ready()
-    best_s = float("inf")
-    for _ in range(repeats):
-        began_s = time.perf_counter()
-        copy(x).block_until_ready()
-        best_s = min(best_s, time.perf_counter() - began_s)
-    return 2.0 * COPY_BYTES / best_s
+    return 2.0 * COPY_BYTES / best_seconds(lambda: copy(x), repeats)
 
 
 def ceilings_here(dtype: str) -> Ceilings:

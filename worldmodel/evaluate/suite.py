@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -178,9 +178,7 @@ def reader_of(data_dir: str, config: EvaluateConfig) -> Reader | None:
     """The reader of a data set's games, or None where it has no training split to learn from."""
     if not has_train_split(data_dir):
         return None
-    return trained_reader(
-        data_dir, open_dataset(data_dir, "train").content_sha256, config.reader_steps, config.seed
-    )
+    return trained_reader(data_dir, open_dataset(data_dir, "train").content_sha256, config.reader_steps, config.seed)
 
 
 def frechet(data: dict[str, np.ndarray], config: EvaluateConfig) -> dict[str, Any] | None:
@@ -271,14 +269,19 @@ def measure_speed(
     }
 
 
+def best_seconds(call: Callable[[], Array], repeats: int) -> float:
+    """Shortest of `repeats` calls until their result is there, after one that compiles."""
+    call().block_until_ready()
+    best_s = float("inf")
+    for _ in range(repeats):
+        began_s = time.perf_counter()
+        call().block_until_ready()
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return best_s
+
+
 def measured_matmul_flops_per_s(dtype: str, repeats: int = 3) -> float:
     """Rate of a large square matmul on the default device: the ceiling that MFU is measured against here."""
     a = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.dtype(dtype))
     multiply = jax.jit(lambda x: x @ x)
-    multiply(a).block_until_ready()
-    best_s = float("inf")
-    for _ in range(repeats):
-        began_s = time.perf_counter()
-        multiply(a).block_until_ready()
-        best_s = min(best_s, time.perf_counter() - began_s)
-    return 2.0 * MATMUL_SIZE**3 / best_s
+    return 2.0 * MATMUL_SIZE**3 / best_seconds(lambda: multiply(a), repeats)
