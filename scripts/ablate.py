@@ -15,7 +15,10 @@ A spec (TOML) names arms, seeds and budgets; every arm runs once for every seed 
   * Equal steps and equal time are two budgets of one spec. On a shared machine a time budget says `clock = "cpu"`: a
     second is one of processor time of that process, all threads together, so that other work costs no arm its steps.
     (It can still cost cache and clock rate; runs of one seed therefore run one after the other, not arm by arm.)
-  * A placebo arm, identical to the reference, must come out null; under equal steps its difference is exactly 0. If it
+    A time budget that says `priced_by = "steps"` needs no clock: once that budget is finished, an arm gets the steps it
+    can make while the reference makes `iterations`. The price of a step is the median over seeds of the arm's
+    processor seconds a step over the reference's of the same seed. Such runs are the same on any machine.
+  * A placebo arm, identical to the reference, must come out null; without a clock its difference is exactly 0. If it
     does not, the report says so on top and the status is 1.
 
 Intervals and p-values are of the paired t test over seeds (two-sided, 95%); p is also given as adjusted for the number
@@ -40,6 +43,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -121,6 +125,8 @@ def read_spec(path: Path) -> Spec:
         "threads is at least 1": type(spec.threads) is int and spec.threads >= 1,
         f"entries are {', '.join(ENTRIES)}":
             {arm.get("entry", ENTRIES[0]) for arm in spec.arms.values()} | set(spec.options) <= {*ENTRIES},
+        "a budget with priced_by has iterations and no clock that ends it, and names such a one with the cpu clock":
+            all(_counts_steps(b) and _prices(spec, b["priced_by"]) for b in spec.budgets.values() if "priced_by" in b),
         "names of arms and budgets are letters, digits, - and _": all(
             name.replace("-", "").replace("_", "").isalnum() for name in (*spec.arms, *spec.budgets, spec.name)
         ),
@@ -129,6 +135,15 @@ def read_spec(path: Path) -> Spec:
         if not holds:
             raise ConfigError(f"spec {path}: {rule}")
     return spec
+
+
+def _counts_steps(limits: Mapping[str, Any]) -> bool:
+    return type(limits.get("iterations")) is int and limits.get("max_wallclock_seconds") == 0
+
+
+def _prices(spec: Spec, name: Any) -> bool:
+    limits = spec.budgets.get(name, {})
+    return _counts_steps(limits) and limits.get("clock") == "cpu" and "priced_by" not in limits
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,7 @@ class PlannedRun:
     folder: Path
     arguments: tuple[str, ...]
     config: dict[str, Any]
+    waits_for: str = ""  # a budget whose runs will say how many steps this one has; until then it has those of the spec
 
     @property
     def summary(self) -> Path:
@@ -158,9 +174,38 @@ def shown(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+def step_prices(spec: Spec, budget: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Processor seconds of an arm's step over the reference's, for the arms that have finished every seed of a budget.
+
+    The median over seeds of ratios within a seed: what else the machine did at that time is in both parts of most.
+    """
+    seconds = {(r["arm"], r["seed"]): r["train_s"] / r["steps"] for r in rows if r["budget"] == budget}
+    prices = {
+        arm: statistics.median(seconds[arm, seed] / seconds[spec.reference, seed] for seed in spec.seeds)
+        for arm in spec.arms
+        if all((name, seed) in seconds for name in (arm, spec.reference) for seed in spec.seeds)
+    }
+    same = {spec.placebo} & prices.keys()  # the same configuration: what its own measurement adds is noise
+    return prices | dict.fromkeys(same, 1.0)
+
+
+def measured(spec: Spec, budget: str, out: Path) -> list[dict[str, Any]]:
+    """What `step_prices` needs of the finished runs of a budget."""
+    rows = []
+    for arm in spec.arms:
+        for seed in spec.seeds:
+            path = out / "runs" / budget / f"{arm}-seed{seed}" / "summary.json"
+            if path.is_file():
+                summary = json.loads(path.read_text(encoding="utf-8"))
+                known = {"budget": budget, "arm": arm, "seed": seed}
+                rows.append(known | {name: summary[name] for name in ("train_s", "steps")})
+    return rows
+
+
 def plan_runs(spec: Spec, data: Path, out: Path) -> list[PlannedRun]:
     """Every run, in an order in which the runs of one seed follow each other. Raises ConfigError for a bad option."""
     runs = []
+    prices = {name: step_prices(spec, name, measured(spec, name, out)) for name in priced_budgets(spec).values()}
     for seed in spec.seeds:
         for budget, limits in spec.budgets.items():
             for arm, changes in spec.arms.items():
@@ -168,6 +213,10 @@ def plan_runs(spec: Spec, data: Path, out: Path) -> list[PlannedRun]:
                 options = {**spec.options.get(entry, {}), **limits, **changes}
                 options.pop("entry", None)
                 preset = options.pop("preset", None)
+                priced_by = options.pop("priced_by", "")
+                price = prices[priced_by].get(arm) if priced_by else None
+                if price is not None:
+                    options["iterations"] = max(1, int(options["iterations"] / price))
                 folder = out / "runs" / budget / f"{arm}-seed{seed}"
                 options |= {"seed": seed, "data_path": data, "runs_dir": folder.parent, "run_id": folder.name}
                 flags = [word for name, value in options.items() for word in (f"--{name}", shown(value))]
@@ -182,12 +231,19 @@ def plan_runs(spec: Spec, data: Path, out: Path) -> list[PlannedRun]:
                 except ConfigError as error:
                     raise ConfigError(f"arm {arm}, budget {budget}: {error}") from error
                 path = f"submissions/{entry}/train_gpt.py"
-                runs.append(PlannedRun(budget, arm, seed, folder, (path, *flags), config | {"entry": entry}))
+                waits_for = priced_by if price is None else ""
+                config["entry"] = entry
+                runs.append(PlannedRun(budget, arm, seed, folder, (path, *flags), config, waits_for))
     if spec.placebo:
         kept = {name: [meant(r) for r in runs if r.arm == name] for name in (spec.placebo, spec.reference)}
         if kept[spec.placebo] != kept[spec.reference]:
             raise ConfigError(f"placebo {spec.placebo} is not identical to {spec.reference}; give it the same options")
     return runs
+
+
+def priced_budgets(spec: Spec) -> dict[str, str]:
+    """Budgets whose steps have a price, with the budget that tells it."""
+    return {budget: limits["priced_by"] for budget, limits in spec.budgets.items() if "priced_by" in limits}
 
 
 def meant(run: PlannedRun) -> dict[str, Any]:
@@ -249,9 +305,24 @@ def start_run(run: PlannedRun, slot: dict[str, Any], threads: int) -> subprocess
     return process
 
 
+def adopt(run: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
+    """Copy the finished run of the same arm, seed and configuration from another budget, if there is one."""
+    for other in runs:
+        same = (other.arm, other.seed) == (run.arm, run.seed) and not other.waits_for and meant(other) == meant(run)
+        if same and other.budget != run.budget and finished_summary(other) is not None:
+            half = run.folder.with_name(run.folder.name + ".copying")
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(other.folder, half)
+            shutil.rmtree(run.folder, ignore_errors=True)
+            half.rename(run.folder)
+            print(f"{run.label}: is {other.label} once more, copied", flush=True)
+            return True
+    return False
+
+
 def execute(spec: Spec, runs: Sequence[PlannedRun], slots: list[dict[str, Any]]) -> list[str]:
     """Run what is not finished; returns what failed. Raises KeyboardInterrupt after the runs in flight have saved."""
-    waiting = [run for run in runs if finished_summary(run) is None]
+    waiting = [run for run in runs if finished_summary(run) is None and not adopt(run, runs)]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished; {len(slots)} at a time", flush=True)
     free, failed, done = list(slots), [], 0
     busy: list[tuple[PlannedRun, dict[str, Any], subprocess.Popen[bytes]]] = []
@@ -353,7 +424,7 @@ def collect(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     """One row a finished run. Raises DataError if they were not scored on the same text."""
     rows = []
     for run in runs:
-        summary = finished_summary(run)
+        summary = None if run.waits_for else finished_summary(run)
         if summary is None:
             continue
         names = (
@@ -395,6 +466,8 @@ def analyse(spec: Spec, rows: Sequence[dict[str, Any]], planned: int) -> dict[st
         for arm, p in holm({a: p for a, p in tested.items() if p is not None and a != spec.placebo}).items():
             arms[arm]["p_holm"] = p
         budgets[budget] = {"limits": limits, "arms": arms, "placebo": placebo_state(spec, arms)}
+    for budget, priced_by in priced_budgets(spec).items():
+        budgets[budget]["prices"] = step_prices(spec, priced_by, rows)
     return {
         "name": spec.name, "about": spec.about, "spec_sha256": spec.sha256, "reference": spec.reference,
         "placebo": spec.placebo,
@@ -466,6 +539,14 @@ def limits_text(limits: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {shown(value)}" for name, value in limits.items())
 
 
+def prices_text(part: Mapping[str, Any]) -> str:
+    """What a step of each arm costs, for a budget that goes by it; empty for others."""
+    if "prices" not in part:
+        return ""
+    prices = ", ".join(f"{arm} {price:.3f}" for arm, price in part["prices"].items())
+    return f"Price of a step over the reference's, of `{part['limits']['priced_by']}`: {prices or 'not known yet'}."
+
+
 def markdown(result: Mapping[str, Any], runs: Sequence[PlannedRun], command: str) -> str:
     """The report, written by this program."""
     broken = [name for name, part in result["budgets"].items() if part["placebo"] == "broken"]
@@ -482,9 +563,10 @@ def markdown(result: Mapping[str, Any], runs: Sequence[PlannedRun], command: str
     )
     for budget, part in result["budgets"].items():
         placebo = {"none": "no placebo arm"}.get(part["placebo"], f"placebo: {part['placebo']}")
-        parts += [f"## {budget}: {limits_text(part['limits'])}", f"{placebo}.", arm_table(result, budget)]
+        parts += [f"## {budget}: {limits_text(part['limits'])}", f"{placebo}.", prices_text(part)]
+        parts.append(arm_table(result, budget))
     parts += ["## Commands", f"```\n{command}\n```", "One run each:"]
-    parts.append("```\n" + "\n".join(run.command() for run in runs) + "\n```")
+    parts.append("```\n" + "\n".join(run.command() for run in runs if not run.waits_for) + "\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -547,13 +629,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             raise ConfigError(f"{', '.join(unknown)}: no arm, seed or budget of {arguments.spec}")
         out = (arguments.out or ROOT / "runs" / "ablations" / spec.name).resolve()
-        runs = plan_runs(spec, arguments.data.resolve(), out)
-        chosen = [
-            run for run in runs
-            if (not arguments.only or run.arm in (*arguments.only, spec.reference))
-            and (not arguments.seeds or run.seed in arguments.seeds)
-            and (not arguments.budgets or run.budget in arguments.budgets)
-        ]  # fmt: skip
+        plan_runs(spec, arguments.data.resolve(), out)  # refuses a bad spec before there is a folder
+
+        def chosen() -> list[PlannedRun]:
+            return [
+                run for run in plan_runs(spec, arguments.data.resolve(), out)
+                if (not arguments.only or run.arm in (*arguments.only, spec.reference))
+                and (not arguments.seeds or run.seed in arguments.seeds)
+                and (not arguments.budgets or run.budget in arguments.budgets)
+                and not run.waits_for
+            ]  # fmt: skip
+
         command = shlex.join(["python", "scripts/ablate.py", *words])
         failed: list[str] = []
         if not arguments.report:
@@ -563,7 +649,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise ConfigError(f"{out}: another ablation is running there; wait or give another --out") from None
-                failed = execute(spec, chosen, slots_of(spec, arguments.jobs))
+                slots = slots_of(spec, arguments.jobs)
+                failed = execute(spec, chosen(), slots)
+                if priced_budgets(spec) and not failed:
+                    failed = execute(spec, chosen(), slots)  # those whose number of steps the others have told
+        runs = plan_runs(spec, arguments.data.resolve(), out)
         result = write_report(spec, runs, out, command)
         if arguments.keep is not None:
             arguments.keep.parent.mkdir(parents=True, exist_ok=True)

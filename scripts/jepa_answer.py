@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import DataError, GolfError
 from common.files import write_atomically
-from scripts.ablate import Spec, arm_table, limits_text, read_spec
+from scripts.ablate import Spec, arm_table, limits_text, prices_text, read_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "scripts" / "ablations"
@@ -111,7 +111,7 @@ def study(spec: Spec, path: Path, result: Mapping[str, Any] | None) -> list[str]
     parts.append(f"{result['finished_runs']} of {result['planned_runs']} runs are finished.")
     for budget, part in result["budgets"].items():
         parts += [f"### {budget}: {limits_text(part['limits'])}", f"Placebo: {part['placebo']}."]
-        parts.append(arm_table(result, budget))
+        parts += [*filter(None, [prices_text(part)]), arm_table(result, budget)]
         latents = latent_table(result, budget)
         if latents:
             parts += ["The latent objectives at the last measurement of a run, means over seeds:", latents]

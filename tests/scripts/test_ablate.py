@@ -113,6 +113,7 @@ def test_plan_is_paired_and_ordered(spec_file: Path, tmp_path: Path) -> None:
         ('entry = "baseline"', 'entry = "mine"', "entries are"),
         ('name = "try"', 'name = "try"\nnotes = 1', "unknown keys"),
         ("[arms.same]", "[arms.same", "expected a TOML file"),
+        ('clock = "cpu"', 'priced_by = "steps"', "a budget with priced_by has iterations and no clock"),
     ],
 )  # fmt: skip
 def test_bad_specs_are_refused_before_anything_runs(spec_file: Path, tmp_path: Path, old: str, new: str, says: str):
@@ -173,6 +174,45 @@ def test_runs_once_resumes_and_reports(spec_file: Path, tmp_path: Path, fake_ent
     assert "python submissions/baseline/train_gpt.py --preset mini --device cpu" in text
     assert "+0.0110 [+0.0098, +0.0122]" in text
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+PRICED = """
+[budgets.steps]
+clock = "cpu"
+iterations = 30
+max_wallclock_seconds = 0
+[budgets.time]
+priced_by = "steps"
+clock = "cpu"
+iterations = 30
+max_wallclock_seconds = 0
+"""
+
+
+def test_equal_time_by_the_price_of_a_step(spec_file: Path, tmp_path: Path, fake_entry: None, capsys) -> None:
+    first, rest = SPEC.index("[budgets.steps]"), SPEC.index("[arms.base]")
+    spec_file.write_text(SPEC[:first] + PRICED + SPEC[rest:])
+    out = tmp_path / "out"
+    where = [str(spec_file), "--data", str(tmp_path), "--out", str(out)]
+    assert ablate.main([*where, "--only", "smaller"]) == 0
+    # The fake's steps all cost the same, so nothing of `time` differs from `steps` and its runs are copies.
+    assert "time/smaller-seed1: is steps/smaller-seed1 once more, copied" in capsys.readouterr().out
+    assert not (out / "runs/time/same-seed1").exists()  # its own `steps` are not there yet: its price is not known
+    for seed, seconds in ((1, 1.2), (2, 1.25), (3, 9.0)):  # the last while the machine did something else
+        path = out / f"runs/steps/smaller-seed{seed}/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"train_s": seconds}))
+        for name in ("smaller", "base"):
+            (out / f"runs/time/{name}-seed{seed}/summary.json").unlink()
+    assert ablate.main(where) == 0
+    runs = {run.label: run for run in plan_runs(read_spec(spec_file), tmp_path, out)}
+    iterations = {arm: runs[f"time/{arm}-seed1"].config["iterations"] for arm in ("base", "same", "smaller", "plain")}
+    assert iterations == {"base": 30, "same": 30, "smaller": 24, "plain": 30}
+    assert (out / "runs/time/smaller-seed1/started").read_text() == "xx"  # its copy, and once by itself
+    assert (out / "runs/time/base-seed1/started").read_text() == "x"
+    time = json.loads((out / "report.json").read_text())["budgets"]["time"]
+    assert time["prices"] == {"base": 1.0, "same": 1.0, "smaller": 1.25, "plain": 1.0}
+    text = (out / "report.md").read_text()
+    assert "Price of a step over the reference's, of `steps`: base 1.000, same 1.000, smaller 1.250" in text
 
 
 def test_a_placebo_that_differs_is_shouted(spec_file: Path, tmp_path: Path, fake_entry: None, capsys) -> None:
