@@ -100,21 +100,24 @@ def _interval(entry: dict[str, float]) -> list[float]:
     return [entry["value"], entry["low"], entry["high"]]
 
 
-def cell(value: Any) -> str:
+def cell(value: Any, decimals: int = 4) -> str:
     if value is None:
         return "–"
     if isinstance(value, list):
         return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{decimals}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def render(records: list[dict[str, Any]], columns: dict[str, str]) -> str:
     if not records:
         return "No run is recorded yet: `make demo` or `make coinrun`, then `make readme RUNS=runs/NAME`."
-    head = [f"| {' | '.join(columns.values())} |", f"|{' --- |' * len(columns)}"]
-    return "\n".join(head + [f"| {' | '.join(cell(record.get(name)) for name in columns)} |" for record in records])
+    lines = [f"| {' | '.join(columns.values())} |", f"|{' --- |' * len(columns)}"]
+    for record in records:
+        cells = (cell(record.get(name), 1 if name == "minutes" else 4) for name in columns)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def replace_between(text: str, name: str, body: str) -> str:
