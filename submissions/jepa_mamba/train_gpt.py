@@ -3172,6 +3172,8 @@ def serve(command: Command, interruption: Interruption) -> None:
     except (dist.DistError, RuntimeError) as error:  # gloo's and the store's are of no class of their own
         if ranks.world == 1 or not re.search("gloo|NCCL|TCPStore|[Cc]onnection", str(error)):
             raise
+        if interruption.asked:  # all ranks were, and another left first
+            raise Preempted(0) from error
         raise TrainingError(
             f"rank {ranks.rank}: another process of the run was lost ({str(error).splitlines()[0][:200]}); start "
             "the same command again, it goes on from the newest checkpoint, or let torchrun do so: --max-restarts"

@@ -17,14 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from common.artifact.container import load_artifact, save_artifact
-from common.errors import CheckpointError, ConfigError, StorageError
+from common.errors import CheckpointError, ConfigError, StorageError, TrainingError
 from common.quant.plan import plan_model
 from common.softcap_xent.torch_impl import softcap_torch
 from common.text.tokenizer import load_tokenizer
 from submissions.jepa_mamba import train_gpt
 from submissions.jepa_mamba.train_gpt import (
     FeedForward,
+    Interruption,
     Masters,
+    Preempted,
     Progress,
     Ranks,
     Run,
@@ -403,6 +405,20 @@ def test_termination_saves_and_a_damaged_checkpoint_is_passed_over(byte_data: Pa
     assert f"{newest.name} is damaged" in done.stdout
     assert before.name < newest.name
     assert artifacts_equal(tmp_path / "a/run", tmp_path / "b/run")
+
+
+@pytest.mark.parametrize(("asked", "ends_with"), [(True, Preempted), (False, TrainingError)])
+def test_a_rank_that_was_asked_to_stop_does_not_blame_the_one_that_left_first(monkeypatch, asked, ends_with) -> None:
+    def lost(command: object, ranks: Ranks) -> Run:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7585")
+
+    monkeypatch.setattr(train_gpt, "join_ranks", lambda choice, environ: Ranks(1, 2, torch.device("cpu")))
+    monkeypatch.setattr(train_gpt, "Run", lost)
+    monkeypatch.setattr(train_gpt.dist, "destroy_process_group", lambda: None)
+    interruption = Interruption()
+    interruption.asked = asked
+    with pytest.raises(ends_with):
+        train_gpt.serve(parse_command(flags(), {}), interruption)
 
 
 def test_checkpoints_notice_any_change(byte_data: Path, tmp_path: Path) -> None:
