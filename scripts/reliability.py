@@ -41,6 +41,8 @@ def provenance(command: str) -> list[dict[str, Any]]:
 def merged(section: str, document: dict[str, Any], rows: str, keys: Sequence[str], order: Sequence[str]) -> None:
     """Add to a section's rows those of earlier commands that this one did not measure anew, and those commands.
 
+    A command is named as long as a row of it is left.
+
     Args:
         section: key in the store.
         document: what was measured; its rows and provenance are completed in place.
@@ -50,13 +52,15 @@ def merged(section: str, document: dict[str, Any], rows: str, keys: Sequence[str
     """
     sections = json.loads(STORE.read_text(encoding="utf-8")) if STORE.exists() else {}
     before = sections.get(section, {})
-    fresh = {tuple(row[key] for key in keys) for row in document[rows]}
-    kept = [row for row in before.get(rows, []) if tuple(row[key] for key in keys) not in fresh]
+    fresh = [[row[key] for key in keys] for row in document[rows]]
+    for made in document["provenance"]:
+        made["rows"] = fresh
+    for made in reversed(before.get("provenance", [])):
+        left = [row for row in made["rows"] if row not in fresh]
+        if left:
+            document["provenance"].insert(0, made | {"rows": left})
+    kept = [row for row in before.get(rows, []) if [row[key] for key in keys] not in fresh]
     document[rows] = sorted([*kept, *document[rows]], key=lambda row: order.index(row[keys[0]]))
-    if kept:
-        document["provenance"] = [p for p in before["provenance"] if p not in document["provenance"]] + (
-            document["provenance"]
-        )
 
 
 def record(section: str, document: dict[str, Any], body: str, *, store: Path = STORE, page: Path = PAGE) -> None:
