@@ -10,7 +10,11 @@ if [ -n "${APT_MIRROR:-}" ]; then
 fi
 apt-get update -qq
 dpkg-query -W -f '${Package}\n' | sort > /tmp/before
-grep -v '^#' "$lock" | xargs apt-get install -qq -y --no-install-recommends --allow-downgrades
+if ! grep -v '^#' "$lock" | xargs apt-get install -qq -y --no-install-recommends --allow-downgrades; then
+    echo "install_debian: $lock cannot be installed; where a version has left the archive, take it from the archive of the" \
+        "lock's date (APT_MIRROR, containers/README.md) or pin today's: make lock ARGS=--debian" >&2
+    exit 1
+fi
 grep -v '^#' "$lock" | cut -d= -f1 | sort > /tmp/locked
 dpkg-query -W -f '${Package}\n' | sort | comm -13 /tmp/before - | comm -23 - /tmp/locked > /tmp/extra
 if [ -s /tmp/extra ]; then
