@@ -32,11 +32,12 @@ ARG PYTHONHASHSEED=0
 ARG PYTHONDONTWRITEBYTECODE=1
 COPY containers/locks/installer.lock containers/locks/lm.lock containers/finish_python.sh /locks/
 # Everything but the two packages that compile: torch has to be here before their build begins.
+# `===`: a folder among PIP_FLAGS may hold torch's CPU build, whose version (+cpu) satisfies `==` and sorts higher.
 RUN python3.11 -m venv /tmp/installer && \
     /tmp/installer/bin/pip install -q ${PIP_FLAGS} --disable-pip-version-check --no-cache-dir --no-deps --require-hashes \
         --only-binary :all: -r /locks/installer.lock && \
     sed -n '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/p' /locks/lm.lock > /locks/sources.lock && \
-    sed '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/d' /locks/lm.lock > /locks/wheels.lock && \
+    sed -e '/^\(mamba-ssm\|causal-conv1d\)==/,/[^\\]$/d' -e 's/^torch==/torch===/' /locks/lm.lock > /locks/wheels.lock && \
     python3.11 -m venv --without-pip /opt/venv && \
     /tmp/installer/bin/uv pip install -q ${PIP_FLAGS} --no-deps --require-hashes --only-binary :all: -r /locks/wheels.lock && \
     sh /locks/finish_python.sh
