@@ -7,6 +7,8 @@ and not on the version of NumPy. Epochs follow each other without a gap: a batch
 last windows from the next one, so every window is used exactly once in each epoch.
 
 Shards stay on disk: a process touches the pages of its own windows only, and holds one permutation (4 bytes a window).
+The kernel is told that reads jump about (what it would read ahead is rarely wanted while it is still there), and which
+pages the next batch needs: it fetches them side by side while this batch is worked on.
 
 Letters: B sequences of this process, T positions of a sequence, W windows of all shards, S shards.
 """
@@ -14,14 +16,16 @@ Letters: B sequences of this process, T positions of a sequence, W windows of al
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from common.errors import CheckpointError, ConfigError, ShardError
-from common.text.shards import open_shard
+from common.text.shards import SHARD_HEADER_BYTES, SHARD_TOKEN_BYTES, open_shard
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,9 @@ class TokenLoader:
             np.lib.stride_tricks.sliding_window_view(shard, seq_len + 1)[::seq_len] if len(shard) > seq_len else None
             for shard in shards
         ]
+        self._maps = [cast(mmap.mmap, shard.base) for shard in shards]
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_RANDOM)
         digest = hashlib.sha256()
         for path, count in zip(self._paths, counts_S.tolist(), strict=True):
             digest.update(f"{path.name}\0{count}\0".encode())
@@ -155,14 +162,11 @@ class TokenLoader:
 
     def next_batch(self) -> TokenBatch:
         """The next batch's part for this process."""
-        first = self._next_batch * self._batch_sequences + self._rank * self._part
-        windows_B = self._windows_at(first, self._part)
+        shard_B, window_B = self._places_of(self._next_batch)
         tokens_BU = np.empty((self._part, self._seq_len + 1), dtype=np.uint16)
-        shard_B = np.searchsorted(self._first_window_S, windows_B, side="right") - 1
         for shard in np.unique(shard_B).tolist():
             rows = np.flatnonzero(shard_B == shard)
-            view = self._windows_of_S[shard]
-            tokens_BU[rows] = view[windows_B[rows] - self._first_window_S[shard]]
+            tokens_BU[rows] = self._windows_of_S[shard][window_B[rows]]
             highest = int(tokens_BU[rows].max())
             if highest >= self._vocab_size:
                 raise ShardError(
@@ -170,6 +174,7 @@ class TokenLoader:
                     f"{self._vocab_size}; use the tokenizer that made these shards, or make them again."
                 )
         self._next_batch += 1
+        self._expect(self._next_batch)
         x_BT = tokens_BU[:, :-1].astype(np.int64)
         y_BT = tokens_BU[:, 1:].astype(np.int64)
         if self._bos_id is None:
@@ -205,6 +210,20 @@ class TokenLoader:
                 f"loader state has batch = {batch!r}, expected a count; the checkpoint is damaged: take an older one."
             )
         self._next_batch = batch
+
+    def _places_of(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard (B,) and window within it (B,) of each row of this process's part of a batch."""
+        windows_B = self._windows_at(batch * self._batch_sequences + self._rank * self._part, self._part)
+        shard_B = np.searchsorted(self._first_window_S, windows_B, side="right") - 1
+        return shard_B, windows_B - self._first_window_S[shard_B]
+
+    def _expect(self, batch: int) -> None:
+        """Let the kernel begin to read the pages of a batch."""
+        for shard, window in zip(*(place_B.tolist() for place_B in self._places_of(batch)), strict=True):
+            first = SHARD_HEADER_BYTES + window * self._seq_len * SHARD_TOKEN_BYTES
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE  # the mapping begins with the file
+            size = first - page + (self._seq_len + 1) * SHARD_TOKEN_BYTES
+            self._maps[shard].madvise(mmap.MADV_WILLNEED, page, size)
 
     def _windows_at(self, first: int, count: int) -> np.ndarray:
         """Window numbers at places first .. first+count-1 of the endless sequence of epochs, int64 (B,)."""

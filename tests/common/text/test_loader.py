@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 
 import numpy as np
 import pytest
@@ -91,6 +92,37 @@ def test_resume_is_exact_also_with_another_number_of_processes(shards):
     resumed = loader(shards)
     resumed.restore({**resumed.state(), "batch": 13})
     np.testing.assert_array_equal(resumed.next_batch().x_BT, batches[13])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pages_of_the_next_batch_are_asked_for(tmp_path, monkeypatch, rank):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{name}.bin" for name in "ab"]
+    for path in paths:
+        write_shard(path, rng.integers(0, 9999, 90_000).astype(np.uint16))
+    reader = TokenLoader(paths, seq_len=3000, batch_sequences=4, rank=rank, world_size=2, seed=0)
+    asked = []
+
+    class Watched:
+        def __init__(self, path):
+            self.data = path.read_bytes()
+
+        def madvise(self, option, start, length):
+            assert option == mmap.MADV_WILLNEED
+            assert start % mmap.PAGESIZE == 0
+            assert 0 <= start < start + length <= len(self.data)
+            asked.append(self.data[start : start + length])
+
+    monkeypatch.setattr(reader, "_maps", [Watched(path) for path in paths])
+    for _ in range(20):  # more than one epoch
+        asked.clear()
+        reader.next_batch()
+        ahead = list(asked)
+        batch = reader.next_batch()
+        rows = np.concatenate([batch.x_BT, batch.y_BT[:, -1:]], axis=1).astype("<u2")
+        assert len(ahead) == len(rows)
+        for row, pages in zip(rows, ahead, strict=True):
+            assert row.tobytes() in pages
 
 
 def test_seed_changes_the_order_and_nothing_else_does(shards):
