@@ -131,6 +131,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             enable_async_checkpointing=not read_only,
+            lightweight_initialize=True,  # else one step with damaged metadata keeps all others from being read
             async_options=ocp.options.AsyncOptions(timeout_secs=ORBAX_TIMEOUT_S),
             cleanup_tmp_directories=not read_only,  # what a killed process was writing
         )
@@ -257,7 +258,17 @@ class Checkpoints:
                 (self.path / str(step)).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        self._manager.reload()
+        self._reload()
+
+    def _reload(self) -> None:
+        """List the steps anew. Unlike opening, this reads metadata, of which nothing is needed here."""
+        try:
+            self._manager.reload()
+        except DAMAGE as error:
+            raise CheckpointError(
+                f"{self.path}: damaged steps are in {self.path.parent / 'checkpoints-damaged'}, and the metadata of "
+                f"another is damaged too ({type(error).__name__}: {str(error)[:200]}); start the same command again"
+            ) from error
 
     def restore_values(self, target: Tree, step: int | None = None) -> Tree:
         """Part of a checkpoint for inference (params, stats, ema), without optimizer state.

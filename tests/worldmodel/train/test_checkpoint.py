@@ -89,6 +89,32 @@ def test_a_damaged_step_is_passed_over_said_and_set_aside(tmp_path: Path, kind: 
     assert [p.name for p in (tmp_path / "checkpoints-damaged").iterdir()] == ["2-0"]
 
 
+@pytest.mark.parametrize(("field", "value"), [("metrics", 5.5), ("custom_metadata", 7), ("init_timestamp_nsecs", [])])
+def test_damaged_metadata_of_a_step_keep_nothing_from_being_read(tmp_path: Path, field: str, value: object) -> None:
+    write(tmp_path, 1, 2, 3)
+    for step in (1, 2):
+        path = tmp_path / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    step, state, _ = checkpoints.restore(small_state(), config=CONFIG)
+    assert (step, checkpoints.passed_over) == (3, [])
+    checkpoints.save(4, state, config=CONFIG, loader_state={"given": 4})
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]  # old ones go all the same
+
+    write(tmp_path / "b", 1, 2)
+    path = tmp_path / "b/checkpoints/1/_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    next((tmp_path / "b/checkpoints/2/extra").glob("metadata")).write_text("{}")
+    checkpoints = Checkpoints(tmp_path / "b", keep=2)
+    with pytest.raises(CheckpointError, match="start the same command again"):
+        checkpoints.restore(small_state(), config=CONFIG)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "b", keep=2)
+    assert checkpoints.restore(small_state(), config=CONFIG)[0] == 1
+    checkpoints.close()
+
+
 def test_no_sound_step_and_another_configuration_are_named(tmp_path: Path) -> None:
     write(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path, keep=4)
