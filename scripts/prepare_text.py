@@ -473,17 +473,17 @@ def staging_folder(out: Path, settings: dict, *, overwrite: bool, keep_downloads
     partial = out / PARTIAL_NAME
     others = [p.name for p in out.iterdir() if p.name != PARTIAL_NAME] if out.exists() else []
     strangers = sorted(name for name in others if not OWN_NAMES.fullmatch(name))
+    finished = (out / MANIFEST_NAME).exists()
+    old = read_manifest(out)["settings"] if finished else {}
+    if finished and old == settings and not (partial / MANIFEST_NAME).exists():
+        yield None  # nothing is to be written, so it does not matter what else is here
+        return
     if strangers:
         raise ConfigError(
             f"--out {out}: holds {strangers[0]!r}, expected an empty or a prepared folder; choose another (files that "
             "this program did not write are never touched)."
         )
-    finished = (out / MANIFEST_NAME).exists()
     if finished:
-        old = read_manifest(out)["settings"]
-        if old == settings and not (partial / MANIFEST_NAME).exists():
-            yield None
-            return
         if old != settings and not overwrite:
             changed = ", ".join(
                 f"{key} {old.get(key)!r} -> {settings.get(key)!r}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import ConfigError, DataError, GolfError
@@ -19,6 +21,16 @@ SUMMARY = {
     "clock": "wall", "seed": 1, "code_sha256": "d", "config": {"vocab_size": 1024},
     "environment": {"threads": 2, "gpus": []},
 }  # fmt: skip
+
+
+def some_text(folder: Path) -> Path:
+    """Documents of many words, enough for a vocabulary of 1,024."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(3, 9, 600)]
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)))
+    return folder
 
 
 def run_folder(folder: Path, **changes: object) -> Path:
@@ -94,6 +106,18 @@ def test_corpora(tmp_path: Path) -> None:
         golf.corpus_arguments(str(tmp_path / "nothing"))
 
 
+def test_text_is_prepared_once_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = some_text(tmp_path / "text")
+    monkeypatch.setattr(golf, "ROOT", tmp_path)
+    track = dataclasses.replace(MINI, vocab_size=400)
+    folder = golf.prepare(track, str(source), None)
+    assert folder == tmp_path / "data" / "text-bpe400"
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert "yardsticks.json" in before
+    assert golf.prepare(track, str(source), None) == folder
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
@@ -130,10 +154,7 @@ def test_a_second_run_repeats_the_first_and_must_equal_it(tmp_path: Path, data: 
 
 @pytest.mark.slow
 def test_golf_with_the_entry_is_the_same_bit_for_bit(tmp_path: Path, capfd, monkeypatch) -> None:
-    source = tmp_path / "text"
-    source.mkdir()
-    for i in range(60):
-        (source / f"{i}.txt").write_text(f"document {i}: " + " ".join(str(i * k) for k in range(300)))
+    source = some_text(tmp_path / "text")
     monkeypatch.chdir(tmp_path)
     small = {"model_dim": 32, "num_layers": 2, "attn_layers": 1, "attn_headdim": 16, "headdim": 16, "chunk_size": 16}
     small |= {"train_seq_len": 64, "train_batch_tokens": 512, "max_wallclock_seconds": 6}

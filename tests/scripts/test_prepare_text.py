@@ -192,6 +192,19 @@ def test_foreign_folders_are_never_touched(tmp_path, source, capsys):
     assert run("--source", source, "--out", tmp_path / "my corpus.jsonl") == 2
 
 
+def test_a_finished_folder_may_hold_other_files(tmp_path, source, capsys):
+    out = tmp_path / "out"
+    command = ("--source", source, "--out", out, "--tokenizer", "byte")
+    assert run(*command) == 0
+    (out / "notes.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run(*command) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    capsys.readouterr()
+    assert run(*command, "--max-train-bytes", "1000", "--overwrite") == 2
+    assert "never touched" in capsys.readouterr().err
+
+
 def test_killed_at_any_moment_restarts_cleanly(tmp_path, source):
     out = tmp_path / "out"
     command = [sys.executable, str(SCRIPT), "--source", str(source), "--out", str(out), "--tokenizer", "bpe",
