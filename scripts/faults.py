@@ -3,7 +3,7 @@
     python scripts/faults.py                      the whole campaign: 50 kills a learner, minutes; writes the table
     python scripts/faults.py --kills 4 --only lm --cases kill,sigterm --json out.json
 
-A learner runs tiny on the CPU, the language model as two ranks over gloo, the world model as one process. After every
+A learner runs tiny on the CPU, as two ranks (torch's or JAX's processes) that meet over gloo. After every
 fault the same command is given again, until the run ends. It must end bitwise equal to a run that nothing disturbed
 (log without times, weights, optimizer state, artifact), or stop with a named error (status 2, one line) and end bitwise
 equal once the cause is gone. What differs is counted in bytes; the campaign's own status is 1 if anything does.
@@ -94,7 +94,7 @@ class Campaign:
     """All cases for one learner."""
 
     def __init__(self, learner: Learner, seed: int, kills: int) -> None:
-        self.learner, self.kills = learner, kills
+        self.learner, self.kills, self.grace_s = learner, kills, PEER_GRACE_S[learner.name]
         self.rng = random.Random(f"{seed} {learner.name}")
         self.runs = learner.scratch / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class Campaign:
                 ranks = everybody if outcome is lead else [self.rng.choice(everybody)]
                 attempt.send(signal.SIGKILL, ranks)
                 killed_s = time.monotonic()
-                ended = attempt.end(PEER_GRACE_S)
+                ended = attempt.end(self.grace_s)
                 inside += self.learner.is_writing(run)
                 problem = ""
                 if outcome is one:
@@ -175,12 +175,12 @@ class Campaign:
                         waiting += 1  # for a rank that died before they had met: ending it is the launcher's part
                         notice_s.pop()
                     elif -signal.SIGKILL in survivors:
-                        problem = f"the other rank was still there after {PEER_GRACE_S} s"
+                        problem = f"the other rank was still there after {self.grace_s} s"
                     elif not all(code in (0, NAMED_STATUS) for code in survivors):
                         problem = f"the other rank ended with {survivors}: {ended.output[-600:]}"
                 pending.append((outcome, f"kill {struck}", problem))
             else:
-                ended = attempt.end(PEER_GRACE_S)
+                ended = attempt.end(self.grace_s)
             if ended.first_step_s is not None and attempts > 1:
                 outcome.resume_s.append(ended.first_step_s)
             last = struck == self.kills
@@ -203,7 +203,7 @@ class Campaign:
         if one is not None and notice_s:
             one.notes.append(
                 f"the other rank had left after {max(notice_s):.1f} s at most, with a named error; {waiting} were "
-                f"still waiting to meet the killed one after {PEER_GRACE_S:.0f} s and were ended, as torchrun does"
+                f"still waiting to meet the killed one after {self.grace_s:.0f} s and were ended, as torchrun does"
             )
 
     def sigterm(self) -> None:
@@ -221,7 +221,7 @@ class Campaign:
                 if ended.codes != [0] * self.learner.processes:
                     problem = f"ended with {ended.codes}: {ended.output[-600:]}"
             else:
-                attempt.end(PEER_GRACE_S)
+                attempt.end(self.grace_s)
             if self.learner.finished(run):
                 outcome.count(f"SIGTERM {index}", self.lost(run), problem)
             else:
@@ -237,7 +237,7 @@ class Campaign:
         ended = self.learner.start(whole, faults=faults).end(RUN_LIMIT_S)
         attempt = self.until_checkpoints(killed, 2, faults=faults)
         attempt.send(signal.SIGKILL, range(self.learner.processes))
-        attempt.end(PEER_GRACE_S)
+        attempt.end(self.grace_s)
         resumed = self.learner.start(killed, faults=faults).end(RUN_LIMIT_S)
         wanted = [0] * self.learner.processes
         if ended.codes != wanted or resumed.codes != wanted:
@@ -288,7 +288,7 @@ class Campaign:
                 run = self.folder(f"{kind}-{index}")
                 attempt = self.until_checkpoints(run, 3)
                 attempt.send(signal.SIGKILL, range(self.learner.processes))
-                attempt.end(PEER_GRACE_S)
+                attempt.end(self.grace_s)
                 newest = self.learner.checkpoints(run)[-1]
                 place = damage(newest, kind, self.rng)
                 ended = self.finish(outcome, run, f"{place}")
@@ -304,7 +304,7 @@ class Campaign:
         run = self.folder("all-damaged")
         attempt = self.until_checkpoints(run, 2)
         attempt.send(signal.SIGKILL, range(self.learner.processes))
-        attempt.end(PEER_GRACE_S)
+        attempt.end(self.grace_s)
         kept = run.with_name("all-damaged-kept")
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(run / "checkpoints", kept)
@@ -363,7 +363,7 @@ class Campaign:
                             pass
                     except OSError:
                         pass  # it is full now, which is the point
-                ended = attempt.end(PEER_GRACE_S)
+                ended = attempt.end(self.grace_s)
                 done = self.learner.finished(run)
                 filler.unlink()
                 named = done or "StorageError" in errors_of(ended)
@@ -385,7 +385,7 @@ class Campaign:
             run = disk / "run"
             attempt = self.until_checkpoints(run, 2)
             attempt.send(signal.SIGKILL, range(self.learner.processes))
-            attempt.end(PEER_GRACE_S)
+            attempt.end(self.grace_s)
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
             try:
                 ended = self.learner.start(run).end(RUN_LIMIT_S)
@@ -456,7 +456,7 @@ class Campaign:
         try:
             attempt = self.until_checkpoints(run, checkpoints, changes=changes)
             attempt.send(signal.SIGKILL, range(ranks))
-            attempt.end(PEER_GRACE_S)
+            attempt.end(self.grace_s)
         finally:
             self.learner.processes = usual
         return _step(self.learner.checkpoints(run)[-1])
@@ -543,7 +543,7 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 300.0) -
 
 
 CASES = ("kill", "damaged", "all_damaged", "full", "read_only", "nan", "data", "clock", "elastic", "sigterm")
-NAMES = {"lm": "language model, 2 ranks", "world": "world model, 1 process"}
+NAMES = {"lm": "language model, 2 ranks", "world": "world model, 2 processes"}
 
 
 def render(outcomes: Sequence[Outcome]) -> str:

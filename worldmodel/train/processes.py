@@ -1,0 +1,283 @@
+"""Several JAX processes as one run: they join, decide alike, stop at the same step, and leave when one is lost.
+
+Process 0 decides and writes what belongs to the run as a whole; the others follow (`agreed`). Whoever fails leaves at once,
+without a word to the others: for them it is lost, as if it had been killed, and they leave too. Nothing waits for a
+process that may be gone; the newest checkpoint is where the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from common import errors
+from common.errors import ConfigError, GolfError, TrainingError
+
+HEARTBEAT_TIMEOUT_S = 30  # a process that says nothing for so long is lost
+LEAVE_LIMIT_S = 60.0  # what the launcher gives the others when one has failed
+BAD_INPUT_STATUS = 2
+BROADCAST_BYTES = 1 << 16  # texts are padded to a multiple: one compiled program serves all
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Number and index of processes by launcher; SLURM and Open MPI 4 also tell JAX where process 0 listens.
+LAUNCHERS = ((COUNT, INDEX), ("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+ADDRESS_SOURCES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")
+# What gloo, NCCL and JAX's coordination service say of a process that is gone; they have no class of error for it.
+LOSS = re.compile(
+    r"Gloo \S+ failed|gloo/transport|NCCL|coordination service|heartbeat timeout|Barrier (failed|timed out)|Socket closed",
+    re.IGNORECASE,
+)
+
+
+def _whole_number(environ: Mapping[str, str], name: str, lowest: int, below: float, fix: str) -> int:
+    text = environ[name].strip()
+    if not text.isdecimal() or not lowest <= int(text) < below:
+        raise ConfigError(f"{name}={text!r}: expected a whole number from {lowest}, {fix}")
+    return int(text)
+
+
+def members(environ: Mapping[str, str]) -> tuple[str | None, int, int] | None:
+    """The run's processes as the environment names them.
+
+    `jax.distributed.initialize` reads the coordinator's address itself, and everything else only from a cluster that it
+    knows; number and index without a cluster are read here.
+
+    Args:
+        environ: environment variables.
+
+    Returns:
+        Coordinator ("host:port", None where JAX finds it), number of processes and index of this one; None for one.
+
+    Raises:
+        ConfigError: a variable is missing or malformed; it names variable, value and fix.
+    """
+    found = next(((count, index) for count, index in LAUNCHERS if {count, index} & environ.keys()), None)
+    address = environ.get(COORDINATOR)
+    if found is None:
+        if address is None:
+            return None
+        raise ConfigError(f"{COORDINATOR}={address!r} without {COUNT} and {INDEX}: set all three, or none for one process")
+    if missing := [name for name in found if name not in environ]:
+        if found != LAUNCHERS[0]:
+            return None  # inside an allocation, but not started by its launcher
+        raise ConfigError(f"{missing[0]} is not set but {found[0] if missing[0] == found[1] else found[1]} is: set both")
+    count = _whole_number(environ, found[0], 1, float("inf"), "the number of processes")
+    index = _whole_number(environ, found[1], 0, count, f"less than {found[0]}={count}")
+    if count == 1:
+        return None
+    if address is None:
+        if found == LAUNCHERS[0] or not any(name in environ for name in ADDRESS_SOURCES):
+            raise ConfigError(f"{found[0]}={count} without {COORDINATOR}: set it to host:port of process 0, the same in all")
+        return None, count, index
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{COORDINATOR}={address!r}: expected host:port of process 0, such as 10.0.0.1:8476")
+    return address, count, index
+
+
+def lost(index: int, count: int, reason: str) -> TrainingError:
+    """The error of a process whose peer is gone."""
+    return TrainingError(
+        f"process {index} of {count}: another process of the run was lost ({reason}); start the same command in all "
+        "processes again, it goes on from the newest checkpoint"
+    )
+
+
+def _name_aborts(index: int, count: int) -> Any:
+    """Make the abort of JAX's coordination client a named error with status 2; the returned handler must be kept.
+
+    The client ends its process by `abort()` when the service says that a process has missed its heartbeats, or when the
+    service went with process 0. JAX 0.10.2 offers no other way: `missed_heartbeat_callback` is not an option of
+    `jax.distributed.initialize`, and given to the client behind it a Python function raises std::bad_cast;
+    `jax_enable_recoverability` spares the others, but they then wait for the lost one without end.
+    """
+    error = lost(index, count, "JAX ended this one, its own messages are above")
+    line = f"{type(error).__name__}: {error}\n".encode()
+
+    def handler(_number: int) -> None:
+        os.write(2, line)
+        os._exit(BAD_INPUT_STATUS)
+
+    handler_c = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler_c)
+    return handler_c
+
+
+@contextlib.contextmanager
+def joined(environ: Mapping[str, str]) -> Iterator[bool]:
+    """Around a run: join the processes that the environment names, if it names any; do so before JAX is used.
+
+    An error inside ends the process here, with its message in one line and status 2: JAX's own end would first wait for
+    the others, which wait for this one.
+
+    Args:
+        environ: environment variables.
+
+    Yields:
+        Whether this process speaks for the run (it is the only one, or process 0).
+
+    Raises:
+        ConfigError: the environment names processes that cannot be; and everything that is raised inside, if there is
+            but one process.
+    """
+    named = members(environ)
+    if named is None:
+        yield True
+        return
+    address, count, index = named
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    handler = _name_aborts(index, count)
+    try:
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+        yield index == 0
+        jax.distributed.shutdown()
+    except BaseException as error:
+        _leave(error, index, count)
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
+    del handler
+
+
+def _leave(error: BaseException, index: int, count: int) -> NoReturn:
+    """Say why and end at once: the others notice when the connections close."""
+    status = BAD_INPUT_STATUS
+    if LOSS.search(str(error)):
+        error = lost(index, count, str(error).splitlines()[0][:200])
+    if isinstance(error, GolfError):
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def agreed(decide: Callable[[], Any]) -> Any:
+    """What process 0 decides, in every process.
+
+    Args:
+        decide: called in process 0 only; its result can be written as JSON.
+
+    Returns:
+        The result.
+
+    Raises:
+        GolfError: the one that process 0 met, in every process.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    answer = {}
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": decide()}
+        except GolfError as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+    text = json.dumps(answer).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(-(-size // BROADCAST_BYTES) * BROADCAST_BYTES, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size]))
+    if "error" in answer:
+        meet("an error that all have")
+        raise getattr(errors, answer["error"])(answer["message"])
+    return answer["value"]
+
+
+def meet(what: str) -> None:
+    """Wait for the others before leaving with an error that all of them have, so that each can tell of it."""
+    if jax.process_count() > 1:
+        with contextlib.suppress(Exception):  # one has left already: the error that all have is the one to tell
+            multihost_utils.sync_global_devices(what)
+
+
+class Stop:
+    """Whether to stop, asked once a step; every process gets the same answer behind the same step.
+
+    A single process answers at once. Of several each sends a number with its batch, the compiled step returns the
+    greatest, and that is read one step later, when it is there: nothing waits.
+    """
+
+    def __init__(self, caught: Sequence[int], mesh: Mesh) -> None:
+        """Args:
+        caught: stop signals that this process has got; it grows.
+        mesh: devices of the run.
+        """
+        self._caught, self._devices = caught, len(mesh.local_devices)
+        self._before: Array | None = None
+
+    def flags(self) -> dict[str, np.ndarray]:
+        """What goes with the next batch: int32 (local devices,), or nothing."""
+        if jax.process_count() == 1:
+            return {}
+        return {"stop_D": np.full(self._devices, bool(self._caught), np.int32)}
+
+    def asked(self, greatest: Array | None) -> bool:
+        """The answer behind a step, given what the step returned (nothing in a single process)."""
+        if greatest is None:
+            return bool(self._caught)
+        before, self._before = self._before, greatest
+        return before is not None and bool(before)
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Run a command as several processes of this machine, with one GPU each where there are GPUs.
+
+    Stop signals are passed on to all. When one fails, the others get a minute to leave.
+
+    Args:
+        command: of one process.
+        count: how many.
+
+    Returns:
+        The worst exit status: 0, or the greatest, 128 + the signal for a process that a signal ended.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if count < 1:
+        raise ConfigError(f"--processes {count}: expected at least 1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    children: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _frame: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    until_s = float("inf")
+    try:
+        for index in range(count):
+            own = {COORDINATOR: address, COUNT: str(count), INDEX: str(index)}
+            environ = {"JAX_LOCAL_DEVICE_IDS": str(index), **os.environ, **own}
+            # A group of its own: Ctrl-C reaches it once, from here.
+            children.append(subprocess.Popen(command, env=environ, process_group=0))
+        while any(child.poll() is None for child in children):
+            if any(child.returncode for child in children):
+                until_s = min(until_s, time.monotonic() + LEAVE_LIMIT_S)
+            if time.monotonic() > until_s:
+                forward(signal.SIGKILL, None)
+            time.sleep(0.05)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+        forward(signal.SIGKILL, None)  # of those that still run: only if something failed here
+    return max(code if code >= 0 else 128 - code for code in (child.wait() for child in children))
