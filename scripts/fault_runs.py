@@ -3,8 +3,8 @@
 A run takes seconds: its processes are forked from a server that has imported the learner already, so that a campaign
 pays for the imports once and not at every restart. Apart from that they are what a user starts: the entry's `main` with
 its flags under torchrun's variables, and `worldmodel.train.loop.train` on a data set in the record format, joined under
-JAX's variables. Faults of the process itself (a slow disk, a gradient that is not a number, a clock that jumps) are planted in the child before
-it begins.
+JAX's variables. Faults of the process itself (a slow disk, a gradient that is not a number, a clock that jumps) are
+planted in the child before it begins.
 """
 
 from __future__ import annotations
@@ -140,6 +140,10 @@ def plant(learner: str, faults: dict[str, Any]) -> None:
             return real() + rng.choice((-1, 1)) * rng.uniform(0, 1e8)
 
         time.time = jumping
+    if "split_from_values" in faults:
+        from worldmodel.train import state
+
+        state.FSDP_MIN_VALUES = faults["split_from_values"]
     if "nan_steps" in faults:
         nan_steps = frozenset(faults["nan_steps"])
         if learner == "lm":

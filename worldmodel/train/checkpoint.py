@@ -285,7 +285,8 @@ class Checkpoints:
         return extra
 
     def _compare(self, step: int, state: Tree, extra: dict[str, Any]) -> None:
-        wrong = [name for name, value in checksums(state, alone=self._alone).items() if extra["checksums"].get(name) != value]
+        sums = checksums(state, alone=self._alone)
+        wrong = [name for name, value in sums.items() if extra["checksums"].get(name) != value]
         if wrong:
             raise CheckpointError(
                 f"{self.path}/{step}: {wrong[0]} and {len(wrong) - 1} more do not fit their checksums; it is damaged"

@@ -158,8 +158,8 @@ def make_step(
 ) -> Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, dict[str, Array]]]:
     """The compiled training step: (state, frozen, batch) -> (state, scalars); the old state's buffers are reused.
 
-    A step whose loss or gradient is not finite moves the step's number and `skipped`, nothing else. `stop_D` of a batch,
-    one number a device, comes back as the scalar `stop`, its greatest (see `worldmodel.train.processes.Stop`).
+    A step whose loss or gradient is not finite moves the step's number and `skipped`, nothing else. The greatest of a
+    batch's `stop_D`, one number a device, comes back as the scalar `stop` (see `worldmodel.train.processes.Stop`).
     """
     optimizer = make_optimizer(config.optim, config.steps)
 
@@ -254,9 +254,9 @@ def train(
 ) -> dict[str, Any]:
     """Train one stage to its end, or until a stop signal; run it again to continue.
 
-    Of several processes (`worldmodel.train.processes.joined`) each gives its rows of every batch and its devices. Process 0
-    writes config, logs and summary and decides what all do about the run folder; a stop signal to any process ends all
-    behind the same step.
+    Of several processes (`worldmodel.train.processes.joined`) each gives its rows of every batch and its devices.
+    Process 0 writes config, logs and summary and decides what all do about the run folder; a stop signal to any process
+    ends all behind the same step.
 
     Args:
         config: what to train.
@@ -432,9 +432,7 @@ def check_finite(
     )
 
 
-def validation_share(
-    clips: dict[str, np.ndarray], mesh: Mesh, keys: tuple[str, ...]
-) -> dict[str, np.ndarray]:
+def validation_share(clips: dict[str, np.ndarray], mesh: Mesh, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """This process's part of the validation clips that the stage reads, without those beyond a multiple of the devices.
 
     Args:

@@ -1,8 +1,8 @@
 """Several JAX processes as one run: they join, decide alike, stop at the same step, and leave when one is lost.
 
-Process 0 decides and writes what belongs to the run as a whole; the others follow (`agreed`). Whoever fails leaves at once,
-without a word to the others: for them it is lost, as if it had been killed, and they leave too. Nothing waits for a
-process that may be gone; the newest checkpoint is where the same command goes on.
+Process 0 decides and writes what belongs to the run as a whole; the others follow (`agreed`). Whoever fails leaves at
+once, without a word to the others: for them it is lost, as if it had been killed, and they leave too. Nothing waits for
+a process that may be gone; the newest checkpoint is where the same command goes on.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ LEAVE_LIMIT_S = 60.0  # what the launcher gives the others when one has failed
 BAD_INPUT_STATUS = 2
 BROADCAST_BYTES = 1 << 16  # texts are padded to a multiple: one compiled program serves all
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Number and index of processes by launcher; SLURM and Open MPI 4 also tell JAX where process 0 listens.
-LAUNCHERS = ((COUNT, INDEX), ("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
-ADDRESS_SOURCES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")
+# By launcher: number and index of processes, and from what JAX itself finds the coordinator (Open MPI 5 has no such).
+LAUNCHERS = (
+    (COUNT, INDEX, COORDINATOR),
+    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"),
+)
 # What gloo, NCCL and JAX's coordination service say of a process that is gone; they have no class of error for it.
 LOSS = re.compile(
-    r"Gloo \S+ failed|gloo/transport|NCCL|coordination service|heartbeat timeout|Barrier (failed|timed out)|Socket closed",
+    r"Gloo \S+ failed|gloo/transport|NCCL|coordination service|heartbeat timeout|Barrier (failed|timed out)"
+    r"|Socket closed",
     re.IGNORECASE,
 )
 
@@ -67,24 +71,28 @@ def members(environ: Mapping[str, str]) -> tuple[str | None, int, int] | None:
     Raises:
         ConfigError: a variable is missing or malformed; it names variable, value and fix.
     """
-    found = next(((count, index) for count, index in LAUNCHERS if {count, index} & environ.keys()), None)
     address = environ.get(COORDINATOR)
-    if found is None:
+    launcher = next((names for names in LAUNCHERS if {*names[:2]} & environ.keys()), None)
+    if launcher is None:
         if address is None:
             return None
-        raise ConfigError(f"{COORDINATOR}={address!r} without {COUNT} and {INDEX}: set all three, or none for one process")
-    if missing := [name for name in found if name not in environ]:
-        if found != LAUNCHERS[0]:
-            return None  # inside an allocation, but not started by its launcher
-        raise ConfigError(f"{missing[0]} is not set but {found[0] if missing[0] == found[1] else found[1]} is: set both")
-    count = _whole_number(environ, found[0], 1, float("inf"), "the number of processes")
-    index = _whole_number(environ, found[1], 0, count, f"less than {found[0]}={count}")
+        raise ConfigError(f"{COORDINATOR}={address!r} is set: set {COUNT} and {INDEX} too, or none for one process")
+    names = launcher[:2]
+    if missing := [name for name in names if name not in environ]:
+        if launcher != LAUNCHERS[0]:
+            return None  # inside an allocation, not started by its launcher
+        there = next(name for name in names if name in environ)
+        raise ConfigError(f"{there}={environ[there]!r} is set: set {missing[0]} too, or none for one process")
+    count = _whole_number(environ, names[0], 1, float("inf"), "the number of processes")
+    index = _whole_number(environ, names[1], 0, count, f"less than {names[0]}={count}")
     if count == 1:
         return None
     if address is None:
-        if found == LAUNCHERS[0] or not any(name in environ for name in ADDRESS_SOURCES):
-            raise ConfigError(f"{found[0]}={count} without {COORDINATOR}: set it to host:port of process 0, the same in all")
-        return None, count, index
+        if launcher[2] in environ:
+            return None, count, index
+        if launcher[0].startswith("SLURM"):
+            return None  # a script of the allocation, not started by srun
+        raise ConfigError(f"{names[0]}={count}: set {COORDINATOR} too, to host:port of process 0, the same in all")
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"{COORDINATOR}={address!r}: expected host:port of process 0, such as 10.0.0.1:8476")
@@ -148,7 +156,7 @@ def joined(environ: Mapping[str, str]) -> Iterator[bool]:
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
         yield index == 0
         jax.distributed.shutdown()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is told and the process ends
         _leave(error, index, count)
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
     del handler

@@ -106,9 +106,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     processes = jax.process_count()
     if processes > 1 and (need < have or have != processes * jax.local_device_count()):
         raise ConfigError(
-            f"mesh data={config.data} x fsdp={config.fsdp} takes {need} of the {have} devices of {processes} processes, "
-            f"{jax.local_device_count()} of this one; expected all, the same number in each: set --mesh.data and "
-            f"--mesh.fsdp to a product of {have}"
+            f"mesh data={config.data} x fsdp={config.fsdp} takes {need} of the {have} devices of {processes} "
+            f"processes, {jax.local_device_count()} of this one; expected all, the same number in each: set "
+            f"--mesh.data and --mesh.fsdp to a product of {have}"
         )
     devices = np.asarray(jax.devices()[:need]).reshape(config.data, config.fsdp)
     return Mesh(devices, ("data", "fsdp"))
