@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import multiprocessing
 import multiprocessing.process
@@ -140,10 +141,9 @@ def plant(learner: str, faults: dict[str, Any]) -> None:
             return real() + rng.choice((-1, 1)) * rng.uniform(0, 1e8)
 
         time.time = jumping
-    if "split_from_values" in faults:
-        from worldmodel.train import state
-
-        state.FSDP_MIN_VALUES = faults["split_from_values"]
+    for name in faults.get("call", ()):
+        module, function = name.split(":")
+        getattr(importlib.import_module(module), function)()
     if "nan_steps" in faults:
         nan_steps = frozenset(faults["nan_steps"])
         if learner == "lm":

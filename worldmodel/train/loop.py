@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +38,7 @@ from worldmodel.train.objectives import (
     TokenizerObjective,
 )
 from worldmodel.train.optim import make_optimizer
-from worldmodel.train.processes import Stop, agreed, meet
+from worldmodel.train.processes import Stop, agreed, meet, stop_signals
 from worldmodel.train.restore import load_lam, load_tokenizer
 from worldmodel.train.state import Functional, Tree, make_mesh, place_batch, state_shardings, values_of
 
@@ -206,24 +204,6 @@ def make_report(
     return jax.jit(report)
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying; a second SIGINT interrupts at once."""
-    caught: list[int] = []
-
-    def handler(number: int, _frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
 def hardware_line() -> str:
     """Devices and cores, for logs and summaries."""
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
@@ -338,7 +318,7 @@ def _train(
     before: tuple[int, dict[str, np.ndarray], dict[str, Array]] | None = None
     skipped = int(state["skipped"])
     stop = Stop(caught, mesh)
-    stopping = bool(caught) and jax.process_count() == 1  # what only one of several has caught, it tells with a batch
+    stopping = stop.at_start()
     try:
         with console.live(config.stage):
             console.waiting(f"{config.stage}: compiling the first step (some seconds to a minute)")

@@ -107,6 +107,28 @@ def lost(index: int, count: int, reason: str) -> TrainingError:
     )
 
 
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying; a second SIGINT interrupts at once.
+
+    Inside another one, the list begins with what that has collected.
+    """
+    caught: list[int] = [*getattr(signal.getsignal(signal.SIGTERM), "caught", ())]
+
+    def handler(number: int, _frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    handler.caught = caught
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
 def _name_aborts(index: int, count: int) -> Any:
     """Make the abort of JAX's coordination client a named error with status 2; the returned handler must be kept.
 
@@ -153,9 +175,10 @@ def joined(environ: Mapping[str, str]) -> Iterator[bool]:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     handler = _name_aborts(index, count)
     try:
-        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
-        yield index == 0
-        jax.distributed.shutdown()
+        with stop_signals():  # one that comes while they meet is heeded as soon as they have met
+            jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+            yield index == 0
+            jax.distributed.shutdown()
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is told and the process ends
         _leave(error, index, count)
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
@@ -230,6 +253,12 @@ class Stop:
         self._caught, self._devices = caught, len(mesh.local_devices)
         self._before: Array | None = None
 
+    def at_start(self) -> bool:
+        """The answer before the first step, which would have to be compiled."""
+        if jax.process_count() == 1:
+            return bool(self._caught)
+        return bool(np.asarray(multihost_utils.process_allgather(np.int32(bool(self._caught)))).any())
+
     def flags(self) -> dict[str, np.ndarray]:
         """What goes with the next batch: int32 (local devices,), or nothing."""
         if jax.process_count() == 1:
@@ -278,8 +307,8 @@ def launch(command: Sequence[str], count: int) -> int:
             environ = {"JAX_LOCAL_DEVICE_IDS": str(index), **os.environ, **own}
             # A group of its own: Ctrl-C reaches it once, from here.
             children.append(subprocess.Popen(command, env=environ, process_group=0))
-        while any(child.poll() is None for child in children):
-            if any(child.returncode for child in children):
+        while None in (codes := [child.poll() for child in children]):
+            if any(codes):
                 until_s = min(until_s, time.monotonic() + LEAVE_LIMIT_S)
             if time.monotonic() > until_s:
                 forward(signal.SIGKILL, None)

@@ -18,7 +18,7 @@ import pytest
 from common.errors import ConfigError
 from scripts.fault_runs import Attempt, Ended, Learner
 from worldmodel.config import MeshConfig
-from worldmodel.train.processes import LOSS, Stop, agreed, launch, members
+from worldmodel.train.processes import LOSS, Stop, agreed, launch, members, stop_signals
 from worldmodel.train.state import make_mesh
 
 STEPS = 24
@@ -78,9 +78,22 @@ def test_a_single_process_decides_and_stops_at_once() -> None:
     caught: list[int] = []
     stop = Stop(caught, make_mesh(MeshConfig()))
     assert agreed(lambda: [1]) == [1]
+    assert not stop.at_start()
     assert (stop.flags(), stop.asked(None)) == ({}, False)
     caught.append(15)
     assert (stop.flags(), stop.asked(None)) == ({}, True)
+    assert stop.at_start()
+
+
+def test_a_signal_of_before_counts_inside() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals():
+        signal.raise_signal(signal.SIGTERM)
+        with stop_signals() as caught:
+            assert caught == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_several_return_is_read_one_step_later() -> None:
@@ -136,7 +149,7 @@ def test_the_launcher_passes_signals_on_and_ends_with_the_worst_status(kind, sta
 
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learner]:
-    """Tiny tokenizer runs; what one of them has compiled, the next ones find."""
+    """Runs of a linear model; what one of them has compiled, the next ones find."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("OMP_NUM_THREADS", "JAX_PLATFORMS", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR"):
             patch.setenv(name, "")  # the learner sets them; here they are put back
@@ -145,12 +158,11 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learner]:
         yield made
 
 
-def start(
-    learner: Learner, name: str, processes: int, devices: int = 1, faults=None, **changes
-) -> tuple[Path, Attempt]:
+def start(learner: Learner, name: str, processes: int, devices: int = 1, **changes) -> tuple[Path, Attempt]:
     run = learner.scratch / "runs" / name
     learner.processes, learner.devices = processes, devices
-    return run, learner.start(run, {"steps": STEPS, "checkpoint_every": 4, **changes}, faults)
+    changes = {"steps": STEPS, "checkpoint_every": 4, **changes}
+    return run, learner.start(run, changes, {"call": ["tests.worldmodel.train.linear:use"]})
 
 
 def until_checkpoint(run: Path, learner: Learner, attempt: Attempt) -> None:
@@ -222,7 +234,7 @@ def test_two_processes_are_one_with_two_devices(learner: Learner, whole: Path) -
 @pytest.mark.slow
 def test_parameters_split_over_processes(learner: Learner, whole: Path) -> None:
     """`mesh.fsdp` across processes: the same losses, and its checkpoint fits one process."""
-    run, attempt = start(learner, "fsdp", 2, mesh={"fsdp": 2}, faults={"split_from_values": 16})
+    run, attempt = start(learner, "fsdp", 2, mesh={"fsdp": 2})
     until_checkpoint(run, learner, attempt)
     attempt.send(signal.SIGKILL, [0, 1])
     attempt.end()
