@@ -239,7 +239,7 @@ class Checkpoints:
         """Read a checkpoint onto the devices (and in the layout) of `target`.
 
         Args:
-            target: tree of arrays or ShapeDtypeStructs with shardings.
+            target: tree of arrays or ShapeDtypeStructs with shardings; what is NumPy's comes as NumPy.
             config: config that wants to continue.
             step: which; the newest sound one by default.
 
@@ -254,7 +254,9 @@ class Checkpoints:
         candidates = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         if not candidates:
             raise CheckpointError(f"{self.path}: no complete checkpoint to restore")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        abstract = jax.tree.map(
+            lambda x: x if isinstance(x, np.ndarray) else ocp.utils.to_shape_dtype_struct(x), target
+        )
         for candidate in candidates:
             try:
                 extra = self._extra(candidate)

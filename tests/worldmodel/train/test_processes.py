@@ -233,11 +233,15 @@ def test_two_processes_are_one_with_two_devices(learner: Learner, whole: Path) -
 
 @pytest.mark.slow
 def test_parameters_split_over_processes(learner: Learner, whole: Path) -> None:
-    """`mesh.fsdp` across processes: the same losses, and its checkpoint fits one process."""
-    run, attempt = start(learner, "fsdp", 2, mesh={"fsdp": 2})
-    until_checkpoint(run, learner, attempt)
-    attempt.send(signal.SIGKILL, [0, 1])
-    attempt.end()
+    """`mesh.fsdp` across processes: the same losses, and its checkpoints fit both the same and one process."""
+    for newest in (4, 12):
+        run, attempt = start(learner, "fsdp", 2, mesh={"fsdp": 2})
+        if not attempt.wait_for(lambda run=run, newest=newest: (run / "checkpoints" / str(newest)).exists()):
+            raise AssertionError(attempt.end().output)
+        attempt.send(signal.SIGKILL, [0, 1])
+        end = attempt.end()
+        assert f"step {newest} loss" in end.output
+    assert "step 4 loss" not in end.output  # the second start went on from the first's checkpoint
     ended(learner, "fsdp", 1)
     assert_close(losses(whole), losses(run))
 
