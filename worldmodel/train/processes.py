@@ -44,7 +44,7 @@ LAUNCHERS = (
 # What gloo, NCCL and JAX's coordination service say of a process that is gone; they have no class of error for it.
 LOSS = re.compile(
     r"Gloo \S+ failed|gloo/transport|NCCL|coordination service|heartbeat timeout|Barrier (failed|timed out)"
-    r"|Socket closed",
+    r"|waiting for \S+ barrier|Socket closed",
     re.IGNORECASE,
 )
 
@@ -185,11 +185,21 @@ def joined(environ: Mapping[str, str]) -> Iterator[bool]:
     del handler
 
 
+def loss_of(error: BaseException) -> str:
+    """What an error, or one that it came of, says of a process that is gone; empty if it came of something else."""
+    at: BaseException | None = error
+    while at is not None:
+        if LOSS.search(str(at)):
+            return str(at).splitlines()[0][:200]
+        at = at.__cause__ or at.__context__
+    return ""
+
+
 def _leave(error: BaseException, index: int, count: int) -> NoReturn:
     """Say why and end at once: the others notice when the connections close."""
     status = BAD_INPUT_STATUS
-    if LOSS.search(str(error)):
-        error = lost(index, count, str(error).splitlines()[0][:200])
+    if reason := loss_of(error):
+        error = lost(index, count, reason)
     if isinstance(error, GolfError):
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     else:

@@ -15,10 +15,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
 from scripts.fault_runs import Attempt, Ended, Learner
 from worldmodel.config import MeshConfig
-from worldmodel.train.processes import LOSS, Stop, agreed, launch, members, stop_signals
+from worldmodel.train.processes import Stop, agreed, launch, loss_of, members, stop_signals
 from worldmodel.train.state import make_mesh
 
 STEPS = 24
@@ -106,13 +106,21 @@ def test_what_several_return_is_read_one_step_later() -> None:
     [
         ("UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error", True),
         ("INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout.", True),
+        ("Timed out while waiting for async_commit_complete barrier.", True),
         ("UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was preempted", True),
         ("runs/x/checkpoints/4: not saved (OSError: [Errno 28] No space left on device); free space", False),
         ("batch_size 7 for 2 processes: expected a positive multiple of 2", False),
     ],
 )
 def test_the_loss_of_a_process_is_told_from_other_errors(text: str, expected: bool) -> None:
-    assert bool(LOSS.search(text)) == expected
+    assert loss_of(ValueError(text)) == (text if expected else "")
+    try:
+        try:
+            raise ValueError(text)
+        except ValueError as error:
+            raise StorageError("not saved") from error
+    except StorageError as error:
+        assert loss_of(error) == (text if expected else "")
 
 
 CHILD = """
