@@ -114,13 +114,9 @@ def test_what_several_return_is_read_one_step_later() -> None:
 )
 def test_the_loss_of_a_process_is_told_from_other_errors(text: str, expected: bool) -> None:
     assert loss_of(ValueError(text)) == (text if expected else "")
-    try:
-        try:
-            raise ValueError(text)
-        except ValueError as error:
-            raise StorageError("not saved") from error
-    except StorageError as error:
-        assert loss_of(error) == (text if expected else "")
+    not_saved = StorageError("not saved")
+    not_saved.__cause__ = ValueError(text)
+    assert loss_of(not_saved) == (text if expected else "")
 
 
 CHILD = """
