@@ -207,7 +207,10 @@ class Campaign:
             )
 
     def sigterm(self) -> None:
-        """Preemption at random instants: status 0 within 30 s, nothing done twice but the step in flight."""
+        """Preemption at random instants: status 0 within 30 s, nothing done twice but the step in flight.
+
+        Every second one goes to a single process of the world model: all must end.
+        """
         outcome, slowest_s = self.outcome("SIGTERM"), 0.0
         for index in range(max(2, self.kills // 5)):
             run = self.folder(f"terminated-{index}")
@@ -215,7 +218,9 @@ class Campaign:
             problem = ""
             if attempt.wait_s(self.rng.uniform(0.1, 0.95) * self.whole_s):
                 asked_s = time.monotonic()
-                attempt.send(signal.SIGTERM, range(self.learner.processes))
+                everybody = range(self.learner.processes)
+                one = self.learner.name == "world" and index % 2 == 1
+                attempt.send(signal.SIGTERM, [self.rng.choice(everybody)] if one else everybody)
                 ended = attempt.end(TERM_LIMIT_S)
                 slowest_s = max(slowest_s, time.monotonic() - asked_s)
                 if ended.codes != [0] * self.learner.processes:
@@ -226,7 +231,8 @@ class Campaign:
                 outcome.count(f"SIGTERM {index}", self.lost(run), problem)
             else:
                 self.finish(outcome, run, f"SIGTERM {index}", problem)
-        outcome.notes.append(f"status 0 after {slowest_s:.1f} s at most")
+        whom = ", sent to all or to one in turn" if self.learner.name == "world" else ""
+        outcome.notes.append(f"status 0 after {slowest_s:.1f} s at most{whom}")
 
     def nan(self) -> None:
         """Gradients that are not numbers: skipped and counted, over a kill too; past the limit the run stops."""

@@ -17,6 +17,7 @@ import pytest
 
 from common.errors import ConfigError, StorageError
 from scripts.fault_runs import Attempt, Ended, Learner
+from worldmodel.cli import BAD_INPUT_STATUS, main
 from worldmodel.config import MeshConfig
 from worldmodel.train.processes import Stop, agreed, launch, loss_of, members, stop_signals
 from worldmodel.train.state import make_mesh
@@ -146,6 +147,17 @@ def test_the_launcher_passes_signals_on_and_ends_with_the_worst_status(kind, sta
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(ConfigError, match="--processes 0"):
         launch([sys.executable], 0)
+
+
+def test_the_command_starts_itself_once_a_process(monkeypatch, capsys) -> None:
+    started = []
+    monkeypatch.setattr("worldmodel.cli.launch", lambda command, count: started.append((command, count)) or 3)
+    arguments = ["train", "cpu-tokenizer", "--processes", "2"]
+    assert main(arguments) == 3
+    assert started == [([sys.executable, "-m", "worldmodel", *arguments], 2)]
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    assert main(arguments) == BAD_INPUT_STATUS
+    assert "ConfigError: JAX_NUM_PROCESSES" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- together
