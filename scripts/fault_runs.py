@@ -353,7 +353,12 @@ class Learner:
             import jax
             import orbax.checkpoint as ocp
 
-            state = ocp.PyTreeCheckpointer().restore((newest / "state").resolve())
+            checkpointer, path = ocp.PyTreeCheckpointer(), (newest / "state").resolve()
+            # As NumPy: the devices of the processes that wrote it are not all here.
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(path).item_metadata.tree
+            )
+            state = checkpointer.restore(path, restore_args=as_numpy)
             leaves = jax.tree_util.tree_leaves_with_path(state)
             parts |= {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
         return dict(sorted(parts.items()))

@@ -6,7 +6,9 @@ The processes are real and meet over gloo; `scripts/fault_runs.py` forks them fr
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 from common.errors import ConfigError, StorageError
-from scripts.fault_runs import Attempt, Ended, Learner
+from scripts.fault_runs import ROOT, Attempt, Ended, Learner
 from worldmodel.cli import BAD_INPUT_STATUS, main
 from worldmodel.config import MeshConfig
 from worldmodel.train.processes import Stop, agreed, launch, loss_of, members, stop_signals
@@ -310,3 +312,15 @@ def test_what_cannot_be_is_refused_by_both(learner: Learner, whole: Path, name, 
     end = attempt.end(LIMIT_S)
     assert end.codes == [2, 2], end.output
     assert message in end.output
+
+
+@pytest.mark.slow
+def test_the_real_command_joins_and_ends_with_the_status_of_its_processes(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    command = [sys.executable, "-m", "worldmodel", "train", "cpu-tokenizer", "--run-dir", str(tmp_path)]
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    ended = subprocess.run(
+        [*command, "--processes", "2", "--mesh.data", "2"], env=environ, cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == BAD_INPUT_STATUS, ended.stderr
+    assert ended.stderr.count(f"ConfigError: {tmp_path} is not empty and is not a run folder") == 2
