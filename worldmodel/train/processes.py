@@ -149,6 +149,17 @@ def _name_aborts(index: int, count: int) -> Any:
     return handler_c
 
 
+def _meet_first(address: str | None, count: int, index: int) -> None:
+    """Wait until all processes are there, at most for JAX's five minutes. Raises TrainingError."""
+    try:
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+    except Exception as error:
+        raise TrainingError(
+            f"process {index} of {count}: the processes did not meet at {address or 'the address that JAX found'} "
+            f"({str(error).splitlines()[0][:200]}); start all of them, and name a free port of process 0's machine"
+        ) from error
+
+
 @contextlib.contextmanager
 def joined(environ: Mapping[str, str]) -> Iterator[bool]:
     """Around a run: join the processes that the environment names, if it names any; do so before JAX is used.
@@ -176,7 +187,7 @@ def joined(environ: Mapping[str, str]) -> Iterator[bool]:
     handler = _name_aborts(index, count)
     try:
         with stop_signals():  # one that comes while they meet is heeded as soon as they have met
-            jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+            _meet_first(address, count, index)
             yield index == 0
             jax.distributed.shutdown()
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is told and the process ends
@@ -198,7 +209,7 @@ def loss_of(error: BaseException) -> str:
 def _leave(error: BaseException, index: int, count: int) -> NoReturn:
     """Say why and end at once: the others notice when the connections close."""
     status = BAD_INPUT_STATUS
-    if reason := loss_of(error):
+    if not isinstance(error, TrainingError) and (reason := loss_of(error)):
         error = lost(index, count, reason)
     if isinstance(error, GolfError):
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
