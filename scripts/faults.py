@@ -211,9 +211,12 @@ class Campaign:
 
         Every second one goes to a single process of the world model: all must end.
         """
-        outcome, slowest_s = self.outcome("SIGTERM"), 0.0
-        for index in range(max(2, self.kills // 5)):
-            run = self.folder(f"terminated-{index}")
+        outcome, slowest_s, wanted = self.outcome("SIGTERM"), 0.0, max(2, self.kills // 5)
+        for attempts in range(4 * wanted):  # some end before their instant
+            index = outcome.injected
+            if index == wanted:
+                break
+            run = self.folder(f"terminated-{attempts}")
             attempt = self.learner.start(run)
             problem = ""
             if attempt.wait_s(self.rng.uniform(0.1, 0.95) * self.whole_s):
@@ -225,8 +228,10 @@ class Campaign:
                 slowest_s = max(slowest_s, time.monotonic() - asked_s)
                 if ended.codes != [0] * self.learner.processes:
                     problem = f"ended with {ended.codes}: {ended.output[-600:]}"
+            elif (ended := attempt.end(self.grace_s)).codes == [0] * self.learner.processes:
+                continue
             else:
-                attempt.end(self.grace_s)
+                problem = f"ended by itself with {ended.codes}: {ended.output[-600:]}"
             if self.learner.finished(run):
                 outcome.count(f"SIGTERM {index}", self.lost(run), problem)
             else:

@@ -129,7 +129,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def _name_aborts(index: int, count: int) -> Any:
+def _name_aborts(error: TrainingError) -> Any:
     """Make the abort of JAX's coordination client a named error with status 2; the returned handler must be kept.
 
     The client ends its process by `abort()` when the service says that a process has missed its heartbeats, or when the
@@ -137,7 +137,6 @@ def _name_aborts(index: int, count: int) -> Any:
     `jax.distributed.initialize`, and given to the client behind it a Python function raises std::bad_cast;
     `jax_enable_recoverability` spares the others, but they then wait for the lost one without end.
     """
-    error = lost(index, count, "JAX ended this one, its own messages are above")
     line = f"{type(error).__name__}: {error}\n".encode()
 
     def handler(_number: int) -> None:
@@ -149,14 +148,17 @@ def _name_aborts(index: int, count: int) -> Any:
     return handler_c
 
 
-def _meet_first(address: str | None, count: int, index: int) -> None:
-    """Wait until all processes are there, at most for JAX's five minutes. Raises TrainingError."""
+def _require_free_port(address: str) -> None:
+    """Raise ConfigError unless this process, the first, can listen at the address: JAX 0.10.2 crashes if it cannot."""
+    place = ("", int(address.rpartition(":")[2]))
     try:
-        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
-    except Exception as error:
-        raise TrainingError(
-            f"process {index} of {count}: the processes did not meet at {address or 'the address that JAX found'} "
-            f"({str(error).splitlines()[0][:200]}); start all of them, and name a free port of process 0's machine"
+        if socket.has_dualstack_ipv6():
+            socket.create_server(place, family=socket.AF_INET6, dualstack_ipv6=True).close()
+        else:
+            socket.create_server(place).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{COORDINATOR}={address!r}: process 0 cannot listen at that port ({error.strerror}); name a free one"
         ) from error
 
 
@@ -184,16 +186,23 @@ def joined(environ: Mapping[str, str]) -> Iterator[bool]:
     address, count, index = named
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
-    handler = _name_aborts(index, count)
+    alone = TrainingError(
+        f"process {index} of {count}: not all met at {address or 'the address that JAX found'} in five minutes; start "
+        "all processes, and name process 0's machine and a free port of it"
+    )
+    if address is not None and index == 0:
+        _require_free_port(address)
     try:
         with stop_signals():  # one that comes while they meet is heeded as soon as they have met
-            _meet_first(address, count, index)
+            handlers = [_name_aborts(alone)]
+            jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+            handlers.append(_name_aborts(lost(index, count, "JAX ended this one, its own messages are above")))
             yield index == 0
             jax.distributed.shutdown()
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is told and the process ends
         _leave(error, index, count)
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
-    del handler
+    handlers.clear()
 
 
 def loss_of(error: BaseException) -> str:
@@ -209,7 +218,7 @@ def loss_of(error: BaseException) -> str:
 def _leave(error: BaseException, index: int, count: int) -> NoReturn:
     """Say why and end at once: the others notice when the connections close."""
     status = BAD_INPUT_STATUS
-    if not isinstance(error, TrainingError) and (reason := loss_of(error)):
+    if reason := loss_of(error):
         error = lost(index, count, reason)
     if isinstance(error, GolfError):
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
