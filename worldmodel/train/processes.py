@@ -184,14 +184,14 @@ def joined(environ: Mapping[str, str]) -> Iterator[bool]:
         yield True
         return
     address, count, index = named
+    if address is not None and index == 0:
+        _require_free_port(address)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     alone = TrainingError(
         f"process {index} of {count}: not all met at {address or 'the address that JAX found'} in five minutes; start "
         "all processes, and name process 0's machine and a free port of it"
     )
-    if address is not None and index == 0:
-        _require_free_port(address)
     try:
         with stop_signals():  # one that comes while they meet is heeded as soon as they have met
             handlers = [_name_aborts(alone)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from common.errors import ConfigError, StorageError
 from scripts.fault_runs import ROOT, Attempt, Ended, Learner
 from worldmodel.cli import BAD_INPUT_STATUS, main
 from worldmodel.config import MeshConfig
-from worldmodel.train.processes import Stop, agreed, launch, loss_of, members, stop_signals
+from worldmodel.train.processes import Stop, agreed, joined, launch, loss_of, members, stop_signals
 from worldmodel.train.state import make_mesh
 
 STEPS = 24
@@ -75,6 +76,14 @@ def test_an_environment_that_cannot_be_names_variable_value_and_fix(changes, mes
     environ = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", **changes}
     with pytest.raises(ConfigError, match=message):
         members({name: value for name, value in environ.items() if value is not None})
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        environ = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+        with pytest.raises(ConfigError, match=f"'{address}': process 0 cannot listen at that port"), joined(environ):
+            pass
 
 
 def test_a_single_process_decides_and_stops_at_once() -> None:
