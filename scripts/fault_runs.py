@@ -355,9 +355,9 @@ class Learner:
 
             checkpointer, path = ocp.PyTreeCheckpointer(), (newest / "state").resolve()
             # As NumPy: the devices of the processes that wrote it are not all here.
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(path).item_metadata.tree
-            )
+            saved = checkpointer.metadata(path).item_metadata
+            assert saved is not None, path
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree)
             state = checkpointer.restore(path, restore_args=as_numpy)
             leaves = jax.tree_util.tree_leaves_with_path(state)
             parts |= {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

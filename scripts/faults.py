@@ -319,8 +319,10 @@ class Campaign:
         kept = run.with_name("all-damaged-kept")
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(run / "checkpoints", kept)
+        # Of the files that Orbax keeps some are not read again, more of several processes: there all are emptied.
+        kind = "truncated" if self.learner.name == "lm" else "emptied"
         for path in self.learner.checkpoints(run):
-            damage(path, "truncated", self.rng)
+            damage(path, kind, self.rng)
         ended = self.learner.start(run).end(RUN_LIMIT_S)
         problem = "" if "CheckpointError" in errors_of(ended) else f"ended with {ended.codes}: {ended.output[-600:]}"
         shutil.rmtree(run / "checkpoints")
