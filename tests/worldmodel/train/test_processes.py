@@ -313,7 +313,7 @@ def test_both_pass_over_a_damaged_checkpoint(learner: Learner, whole: Path) -> N
     [
         ("whole", {"seed": 1}, "seed: saved 0, now 1"),
         ("left-out", {"mesh": {"data": 1}}, "takes 1 of the 2 devices of 2 processes"),
-        ("uneven", {"batch_size": 7}, "global batch of 7 rows for 2 processes"),
+        ("uneven", {"batch_size": 7}, "batch_size 7 is not a multiple of the 2 mesh devices"),
     ],
 )
 def test_what_cannot_be_is_refused_by_both(learner: Learner, whole: Path, name, changes, message) -> None:
