@@ -2,9 +2,9 @@
 
 A run takes seconds: its processes are forked from a server that has imported the learner already, so that a campaign
 pays for the imports once and not at every restart. Apart from that they are what a user starts: the entry's `main` with
-its flags under torchrun's variables, and `worldmodel.train.loop.train` on a data set in the record format. Faults of
-the process itself (a slow disk, a gradient that is not a number, a clock that jumps) are planted in the child before
-it begins.
+its flags under torchrun's variables, and `worldmodel.train.loop.train` on a data set in the record format, joined under
+JAX's variables. Faults of the process itself (a slow disk, a gradient that is not a number, a clock that jumps) are
+planted in the child before it begins.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import multiprocessing
 import multiprocessing.process
@@ -35,7 +36,7 @@ STEPS = {"lm": 24, "world": 24}
 CHECKPOINT_EVERY = {"lm": 4, "world": 6}
 SLOW_FSYNC_S = 0.03
 CLOCK_JUMP_S = 0.05  # between two settings of a clock that jumps
-PEER_GRACE_S = 30.0  # for a rank to notice that another one is gone
+PEER_GRACE_S = {"lm": 30.0, "world": 60.0}  # for a rank to notice that another one is gone
 LM_OPTIONS: dict[str, Any] = {
     "device": "cpu", "kernels": "torch", "tokenizer": "byte", "vocab_size": 256, "model_dim": 32, "num_layers": 3,
     "d_state": 8, "headdim": 16, "embed_dim": 24, "mlp_mult": 2, "chunk_size": 16, "train_seq_len": 32,
@@ -96,7 +97,15 @@ def lm_arguments(data: Path, run: Path, **changes: Any) -> list[str]:
 
 def world_config(data: Path, run: Path, **changes: Any) -> Any:
     """Configuration of one tiny tokenizer run."""
-    from worldmodel.config import BlockConfig, FrameConfig, OptimConfig, QuantizerConfig, TokenizerConfig, TrainConfig
+    from worldmodel.config import (
+        BlockConfig,
+        FrameConfig,
+        MeshConfig,
+        OptimConfig,
+        QuantizerConfig,
+        TokenizerConfig,
+        TrainConfig,
+    )
 
     blocks = BlockConfig(dim=16, ffn_dim=32, heads=2, layers=1, temporal=False, temporal_window=4)
     codes = QuantizerConfig(codes=16, latent_dim=8, metric="euclidean", kmeans_init=True, dead_after_steps=5)
@@ -107,7 +116,8 @@ def world_config(data: Path, run: Path, **changes: Any) -> Any:
         batch_size=8, seq_len=4, log_every=1, eval_every=12, eval_clips=8, checkpoint_every=CHECKPOINT_EVERY["world"],
         init_clips=8, tensorboard=False, loader_threads=1,
     )  # fmt: skip
-    return dataclasses.replace(base, **changes)
+    mesh = MeshConfig(**changes.pop("mesh", {}))
+    return dataclasses.replace(base, mesh=mesh, **changes)
 
 
 # ---------------------------------------------------------------- in the child
@@ -131,6 +141,9 @@ def plant(learner: str, faults: dict[str, Any]) -> None:
             return real() + rng.choice((-1, 1)) * rng.uniform(0, 1e8)
 
         time.time = jumping
+    for name in faults.get("call", ()):
+        module, function = name.split(":")
+        getattr(importlib.import_module(module), function)()
     if "nan_steps" in faults:
         nan_steps = frozenset(faults["nan_steps"])
         if learner == "lm":
@@ -178,11 +191,14 @@ def child(learner: str, data: str, run: str, changes: dict, environ: dict, log: 
         from submissions.jepa_mamba.train_gpt import main
 
         sys.exit(main(lm_arguments(Path(data), Path(run), **changes)))
+    from common.console import TrainingConsole
     from common.errors import GolfError
     from worldmodel.train.loop import train
+    from worldmodel.train.processes import joined
 
     try:
-        train(world_config(Path(data), Path(run), **changes))
+        with joined(os.environ) as speaks:
+            train(world_config(Path(data), Path(run), **changes), console=TrainingConsole(speaks))
     except GolfError as error:  # as worldmodel.cli does
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -216,10 +232,12 @@ class Attempt:
         self.log.write_bytes(b"")
         self.started_s = time.monotonic()
         self.first_step_s: float | None = None
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(learner.processes)}
+        if learner.name == "world":
+            changes = {"mesh": {"data": learner.processes * learner.devices}, **changes}
+        port = free_port()
         self.processes: list[multiprocessing.process.BaseProcess] = []
         for rank in range(learner.processes):
-            environ = {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} if learner.processes > 1 else {}
+            environ = learner.environ(rank, port)
             arguments = (learner.name, str(learner.data), str(run), changes, environ, str(self.log), faults)
             process = learner.context.Process(target=child, args=arguments)  # pyright: ignore[reportAttributeAccessIssue]
             process.start()
@@ -274,7 +292,7 @@ class Learner:
 
     def __init__(self, name: str, scratch: Path) -> None:
         self.name = name
-        self.processes = 2 if name == "lm" else 1
+        self.processes, self.devices = 2, 1
         self.scratch = scratch / name
         self.data = (make_lm_data if name == "lm" else make_world_data)(self.scratch / "data")
         os.environ.update({"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)})
@@ -283,6 +301,21 @@ class Learner:
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([*PRELOAD.values()])
+
+    def environ(self, rank: int, port: int) -> dict[str, str]:
+        """What torchrun, or a launcher of JAX's processes, tells one of them; alone, it is told nothing."""
+        count, index = str(self.processes), str(rank)
+        own = {}
+        if self.name == "world":  # optimized code would cost a minute of compilation and save nothing in so few steps
+            devices = f"--xla_force_host_platform_device_count={self.devices}"
+            own = {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {devices}"}
+        if self.processes == 1:
+            return own
+        if self.name == "world":
+            address = f"127.0.0.1:{port}"
+            return {**own, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": count}
+        return {**rendezvous, "RANK": index, "LOCAL_RANK": index}
 
     def start(self, run: Path, changes: dict[str, Any] | None = None, faults: dict[str, Any] | None = None) -> Attempt:
         return Attempt(self, run, changes or {}, faults or {})
@@ -320,7 +353,12 @@ class Learner:
             import jax
             import orbax.checkpoint as ocp
 
-            state = ocp.PyTreeCheckpointer().restore((newest / "state").resolve())
+            checkpointer, path = ocp.PyTreeCheckpointer(), (newest / "state").resolve()
+            # As NumPy: the devices of the processes that wrote it are not all here.
+            saved = checkpointer.metadata(path).item_metadata
+            assert saved is not None, path
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree)
+            state = checkpointer.restore(path, restore_args=as_numpy)
             leaves = jax.tree_util.tree_leaves_with_path(state)
             parts |= {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
         return dict(sorted(parts.items()))

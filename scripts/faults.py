@@ -3,7 +3,7 @@
     python scripts/faults.py                      the whole campaign: 50 kills a learner, minutes; writes the table
     python scripts/faults.py --kills 4 --only lm --cases kill,sigterm --json out.json
 
-A learner runs tiny on the CPU, the language model as two ranks over gloo, the world model as one process. After every
+A learner runs tiny on the CPU, as two ranks (torch's or JAX's processes) that meet over gloo. After every
 fault the same command is given again, until the run ends. It must end bitwise equal to a run that nothing disturbed
 (log without times, weights, optimizer state, artifact), or stop with a named error (status 2, one line) and end bitwise
 equal once the cause is gone. What differs is counted in bytes; the campaign's own status is 1 if anything does.
@@ -94,7 +94,7 @@ class Campaign:
     """All cases for one learner."""
 
     def __init__(self, learner: Learner, seed: int, kills: int) -> None:
-        self.learner, self.kills = learner, kills
+        self.learner, self.kills, self.grace_s = learner, kills, PEER_GRACE_S[learner.name]
         self.rng = random.Random(f"{seed} {learner.name}")
         self.runs = learner.scratch / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class Campaign:
                 ranks = everybody if outcome is lead else [self.rng.choice(everybody)]
                 attempt.send(signal.SIGKILL, ranks)
                 killed_s = time.monotonic()
-                ended = attempt.end(PEER_GRACE_S)
+                ended = attempt.end(self.grace_s)
                 inside += self.learner.is_writing(run)
                 problem = ""
                 if outcome is one:
@@ -175,12 +175,12 @@ class Campaign:
                         waiting += 1  # for a rank that died before they had met: ending it is the launcher's part
                         notice_s.pop()
                     elif -signal.SIGKILL in survivors:
-                        problem = f"the other rank was still there after {PEER_GRACE_S} s"
+                        problem = f"the other rank was still there after {self.grace_s} s"
                     elif not all(code in (0, NAMED_STATUS) for code in survivors):
                         problem = f"the other rank ended with {survivors}: {ended.output[-600:]}"
                 pending.append((outcome, f"kill {struck}", problem))
             else:
-                ended = attempt.end(PEER_GRACE_S)
+                ended = attempt.end(self.grace_s)
             if ended.first_step_s is not None and attempts > 1:
                 outcome.resume_s.append(ended.first_step_s)
             last = struck == self.kills
@@ -203,30 +203,41 @@ class Campaign:
         if one is not None and notice_s:
             one.notes.append(
                 f"the other rank had left after {max(notice_s):.1f} s at most, with a named error; {waiting} were "
-                f"still waiting to meet the killed one after {PEER_GRACE_S:.0f} s and were ended, as torchrun does"
+                f"still waiting to meet the killed one after {self.grace_s:.0f} s and were ended, as torchrun does"
             )
 
     def sigterm(self) -> None:
-        """Preemption at random instants: status 0 within 30 s, nothing done twice but the step in flight."""
-        outcome, slowest_s = self.outcome("SIGTERM"), 0.0
-        for index in range(max(2, self.kills // 5)):
-            run = self.folder(f"terminated-{index}")
+        """Preemption at random instants: status 0 within 30 s, nothing done twice but the step in flight.
+
+        Every second one goes to a single process of the world model: all must end.
+        """
+        outcome, slowest_s, wanted = self.outcome("SIGTERM"), 0.0, max(2, self.kills // 5)
+        for attempts in range(4 * wanted):  # some end before their instant
+            index = outcome.injected
+            if index == wanted:
+                break
+            run = self.folder(f"terminated-{attempts}")
             attempt = self.learner.start(run)
             problem = ""
             if attempt.wait_s(self.rng.uniform(0.1, 0.95) * self.whole_s):
                 asked_s = time.monotonic()
-                attempt.send(signal.SIGTERM, range(self.learner.processes))
+                everybody = range(self.learner.processes)
+                one = self.learner.name == "world" and index % 2 == 1
+                attempt.send(signal.SIGTERM, [self.rng.choice(everybody)] if one else everybody)
                 ended = attempt.end(TERM_LIMIT_S)
                 slowest_s = max(slowest_s, time.monotonic() - asked_s)
                 if ended.codes != [0] * self.learner.processes:
                     problem = f"ended with {ended.codes}: {ended.output[-600:]}"
+            elif (ended := attempt.end(self.grace_s)).codes == [0] * self.learner.processes:
+                continue
             else:
-                attempt.end(PEER_GRACE_S)
+                problem = f"ended by itself with {ended.codes}: {ended.output[-600:]}"
             if self.learner.finished(run):
                 outcome.count(f"SIGTERM {index}", self.lost(run), problem)
             else:
                 self.finish(outcome, run, f"SIGTERM {index}", problem)
-        outcome.notes.append(f"status 0 after {slowest_s:.1f} s at most")
+        whom = ", sent to all or to one in turn" if self.learner.name == "world" else ""
+        outcome.notes.append(f"status 0 after {slowest_s:.1f} s at most{whom}")
 
     def nan(self) -> None:
         """Gradients that are not numbers: skipped and counted, over a kill too; past the limit the run stops."""
@@ -237,7 +248,7 @@ class Campaign:
         ended = self.learner.start(whole, faults=faults).end(RUN_LIMIT_S)
         attempt = self.until_checkpoints(killed, 2, faults=faults)
         attempt.send(signal.SIGKILL, range(self.learner.processes))
-        attempt.end(PEER_GRACE_S)
+        attempt.end(self.grace_s)
         resumed = self.learner.start(killed, faults=faults).end(RUN_LIMIT_S)
         wanted = [0] * self.learner.processes
         if ended.codes != wanted or resumed.codes != wanted:
@@ -288,7 +299,7 @@ class Campaign:
                 run = self.folder(f"{kind}-{index}")
                 attempt = self.until_checkpoints(run, 3)
                 attempt.send(signal.SIGKILL, range(self.learner.processes))
-                attempt.end(PEER_GRACE_S)
+                attempt.end(self.grace_s)
                 newest = self.learner.checkpoints(run)[-1]
                 place = damage(newest, kind, self.rng)
                 ended = self.finish(outcome, run, f"{place}")
@@ -304,12 +315,14 @@ class Campaign:
         run = self.folder("all-damaged")
         attempt = self.until_checkpoints(run, 2)
         attempt.send(signal.SIGKILL, range(self.learner.processes))
-        attempt.end(PEER_GRACE_S)
+        attempt.end(self.grace_s)
         kept = run.with_name("all-damaged-kept")
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(run / "checkpoints", kept)
+        # Of the files that Orbax keeps some are not read again, more of several processes: there all are emptied.
+        kind = "truncated" if self.learner.name == "lm" else "emptied"
         for path in self.learner.checkpoints(run):
-            damage(path, "truncated", self.rng)
+            damage(path, kind, self.rng)
         ended = self.learner.start(run).end(RUN_LIMIT_S)
         problem = "" if "CheckpointError" in errors_of(ended) else f"ended with {ended.codes}: {ended.output[-600:]}"
         shutil.rmtree(run / "checkpoints")
@@ -363,7 +376,7 @@ class Campaign:
                             pass
                     except OSError:
                         pass  # it is full now, which is the point
-                ended = attempt.end(PEER_GRACE_S)
+                ended = attempt.end(self.grace_s)
                 done = self.learner.finished(run)
                 filler.unlink()
                 named = done or "StorageError" in errors_of(ended)
@@ -385,7 +398,7 @@ class Campaign:
             run = disk / "run"
             attempt = self.until_checkpoints(run, 2)
             attempt.send(signal.SIGKILL, range(self.learner.processes))
-            attempt.end(PEER_GRACE_S)
+            attempt.end(self.grace_s)
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
             try:
                 ended = self.learner.start(run).end(RUN_LIMIT_S)
@@ -456,7 +469,7 @@ class Campaign:
         try:
             attempt = self.until_checkpoints(run, checkpoints, changes=changes)
             attempt.send(signal.SIGKILL, range(ranks))
-            attempt.end(PEER_GRACE_S)
+            attempt.end(self.grace_s)
         finally:
             self.learner.processes = usual
         return _step(self.learner.checkpoints(run)[-1])
@@ -543,7 +556,7 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 300.0) -
 
 
 CASES = ("kill", "damaged", "all_damaged", "full", "read_only", "nan", "data", "clock", "elastic", "sigterm")
-NAMES = {"lm": "language model, 2 ranks", "world": "world model, 1 process"}
+NAMES = {"lm": "language model, 2 ranks", "world": "world model, 2 processes"}
 
 
 def render(outcomes: Sequence[Outcome]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -37,10 +38,10 @@ from worldmodel.rollout.render import rollout_rows, write_picture_files
 from worldmodel.rollout.world import World, load_world
 from worldmodel.runs import write_json_atomic
 from worldmodel.train.loop import train
+from worldmodel.train.processes import BAD_INPUT_STATUS, joined, launch, members
 from worldmodel.train.restore import load_run_config
 
 PROFILES = ("cpu", "gpu", "paper")
-BAD_INPUT_STATUS = 2
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class TrainCommand:
     """Discard an earlier run in the same folder."""
     log_json: bool = False
     """Print the entries of log.jsonl and nothing else."""
+    processes: int = 1
+    """Start so many processes on this machine, one GPU each, as one run; mesh.data x mesh.fsdp counts their devices."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,8 @@ def _doctor(command: DoctorCommand) -> None:
 def run(command: Any) -> int:
     """Do what a parsed command says; the exit status."""
     if isinstance(command, TrainCommand):
-        train(command.config, overwrite=command.overwrite, console=TrainingConsole(as_json=command.log_json))
+        with joined(os.environ) as speaks:
+            train(command.config, overwrite=command.overwrite, console=TrainingConsole(speaks, command.log_json))
         return 0  # stopped by a signal, too: it has saved, and the same command goes on
     if isinstance(command, CollectConfig):
         run_collect(command)
@@ -311,7 +315,11 @@ def main(arguments: list[str] | None = None) -> int:
     # JAX warns of every fork in a process with threads; ffmpeg's is followed by exec at once.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     try:
-        return run(tyro.cli(_command_type(), args=arguments, prog="python -m worldmodel"))
+        command = tyro.cli(_command_type(), args=arguments, prog="python -m worldmodel")
+        if isinstance(command, TrainCommand) and command.processes != 1 and members(os.environ) is None:
+            own = sys.argv[1:] if arguments is None else arguments
+            return launch([sys.executable, "-m", "worldmodel", *own], command.processes)
+        return run(command)
     except GolfError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return BAD_INPUT_STATUS

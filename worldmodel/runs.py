@@ -187,6 +187,19 @@ class RunLog:
             self._wandb.finish()
 
 
+class SilentLog:
+    """The `RunLog` of a process that does not write: another one speaks for the run."""
+
+    def text(self, line: str) -> None:
+        """Nothing."""
+
+    def write(self, step: int, **values: float | int | str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def provenance(hardware: str) -> str:
     """The head of train.log: time, versions, hardware and the source of our loaded modules."""
     lines = [

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from common.errors import CheckpointError, StorageError
+from common.files import storing
 from worldmodel.config import resume_differences
+from worldmodel.train.processes import agreed
 from worldmodel.train.state import Tree, flatten_names
 
 # Orbax and TensorStore raise anything for a file that is not what they wrote, plain Exception too.
@@ -76,18 +79,23 @@ def checksum(x: Any) -> int:
     return total % 2**64
 
 
-def checksums(state: Tree) -> dict[str, str]:
-    """Checksum of every array of a state by name, over all processes; hexadecimal."""
+def checksums(state: Tree, *, alone: bool = False) -> dict[str, str]:
+    """Checksum of every array of a state by name, over all processes (or of what this one has); hexadecimal."""
     names, sums = [], []
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         names.append(f"{name} {np.dtype(x.dtype).name} {tuple(x.shape)}")
         sums.append(checksum(x))
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not alone:
         halves = np.array([[s & 0xFFFFFFFF, s >> 32] for s in sums], np.uint32)
         every = np.asarray(multihost_utils.process_allgather(halves)).astype(np.uint64)
         sums = [int(s) for s in (every[..., 0] + (every[..., 1] << np.uint64(32))).sum(axis=0, dtype=np.uint64)]
     return dict(zip(names, (f"{s:016x}" for s in sums), strict=True))
+
+
+def on_host(target: Tree) -> Tree:
+    """A target that is read into host memory: what is asked for as NumPy comes as NumPy. It takes no memory itself."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), target)
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
@@ -120,12 +128,19 @@ class Checkpoints:
             run_dir: run folder.
             keep: newest checkpoints to keep.
             keep_every: steps whose multiples are kept forever; 0 for none.
-            read_only: never write or delete.
+            read_only: never write or delete, and read alone: no other process takes part.
         """
         self.path = Path(run_dir).resolve() / "checkpoints"
         if read_only and not self.path.is_dir():
             raise CheckpointError(f"{run_dir}: no checkpoints here; expected the run folder of a trained stage")
+        alone = ocp.options.MultiprocessingOptions()
+        if read_only and jax.process_count() > 1:
+            this = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"alone{this}"
+            )
         options = ocp.CheckpointManagerOptions(
+            multiprocessing_options=alone,
             max_to_keep=None if read_only else keep,
             keep_period=keep_every or None,
             create=not read_only,
@@ -136,6 +151,9 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,  # what a killed process was writing
         )
         self.passed_over: list[str] = []
+        self.damaged: list[int] = []
+        self._read_only = read_only
+        self._alone = read_only or jax.process_count() == 1
         self._failed = False
         self._unverified: tuple[int, Tree, dict[str, str]] | None = None
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "extra"))
@@ -181,23 +199,48 @@ class Checkpoints:
         (step, abstract, sums), self._unverified = self._unverified, None
         try:
             self._manager.wait_until_finished()
-            # Into host memory: what is asked for as NumPy comes as NumPy. Only shapes and types are looked at.
-            wanted = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            values = self._manager.restore(step, args=args)["state"]
-            if jax.process_index():  # every process reads the whole; one answers
-                values = jax.tree.map(np.zeros_like, values)
-            wrong = [name for name, value in checksums(values).items() if sums.get(name) != value]
+            if jax.process_index():  # one process reads the whole
+                return
+            with self._reader() as reader:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(on_host(abstract)))
+                values = reader._manager.restore(step, args=args)["state"]
+            wrong = [name for name, value in checksums(values, alone=True).items() if sums.get(name) != value]
         except DAMAGE as error:
             raise self._not_saved(step, error) from error
         if wrong:
             raise self._not_saved(step, ValueError(f"{wrong[0]} and {len(wrong) - 1} more read back otherwise"))
 
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[Checkpoints]:
+        """For reading without the other processes: this object, if there are none."""
+        if self._alone:
+            yield self
+            return
+        reader = Checkpoints(self.path.parent, keep=1, read_only=True)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+    def _newest_sound(self, target: Tree, config: dict[str, Any]) -> int:
+        """Which step to continue from: process 0 reads and judges whole checkpoints, so that all take the same."""
+
+        def judge() -> list[Any]:
+            with self._reader() as reader:
+                step, _, _ = reader.restore(on_host(target), config=config)
+            self._set_aside(reader.damaged)
+            return [step, reader.passed_over]
+
+        step, passed_over = agreed(judge)
+        self.passed_over += passed_over
+        self._reload()
+        return step
+
     def restore(self, target: Tree, *, config: dict[str, Any], step: int | None = None) -> tuple[int, Tree, Any]:
         """Read a checkpoint onto the devices (and in the layout) of `target`.
 
         Args:
-            target: tree of arrays or ShapeDtypeStructs with shardings.
+            target: tree of arrays or ShapeDtypeStructs with shardings; what is NumPy's comes as NumPy.
             config: config that wants to continue.
             step: which; the newest sound one by default.
 
@@ -207,11 +250,14 @@ class Checkpoints:
         Raises:
             CheckpointError: none there, another configuration, or all damaged.
         """
+        if step is None and not self._alone:
+            step = self._newest_sound(target, config)
         candidates = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         if not candidates:
             raise CheckpointError(f"{self.path}: no complete checkpoint to restore")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        damaged: list[int] = []
+        abstract = jax.tree.map(
+            lambda x: x if isinstance(x, np.ndarray) else ocp.utils.to_shape_dtype_struct(x), target
+        )
         for candidate in candidates:
             try:
                 extra = self._extra(candidate)
@@ -221,13 +267,14 @@ class Checkpoints:
                     self._compare(candidate, state, extra)
             except CheckpointError as error:
                 self.passed_over.append(f"{error}; trying the one before it")
-                damaged.append(candidate)
+                self.damaged.append(candidate)
                 continue
             if differences:
                 raise CheckpointError(
                     f"{self.path}/{candidate} is of another configuration: {'; '.join(differences[:4])}"
                 )
-            self._set_aside(damaged)
+            if not self._read_only:
+                self._set_aside(self.damaged)
             # A state restored into donated buffers must own its memory: copy once, here.
             return candidate, jax.tree.map(lambda x: x.copy(), state), decode_loader_state(extra["loader"])
         raise CheckpointError("; ".join([*self.passed_over, "none is left: delete them to start over"]))
@@ -241,7 +288,8 @@ class Checkpoints:
         return extra
 
     def _compare(self, step: int, state: Tree, extra: dict[str, Any]) -> None:
-        wrong = [name for name, value in checksums(state).items() if extra["checksums"].get(name) != value]
+        sums = checksums(state, alone=self._alone)
+        wrong = [name for name, value in sums.items() if extra["checksums"].get(name) != value]
         if wrong:
             raise CheckpointError(
                 f"{self.path}/{step}: {wrong[0]} and {len(wrong) - 1} more do not fit their checksums; it is damaged"
@@ -251,13 +299,11 @@ class Checkpoints:
         """Move damaged steps out of the way, so that they can be written anew."""
         if not damaged:
             return
-        if jax.process_index() == 0:
-            aside = self.path.parent / "checkpoints-damaged"
+        aside = self.path.parent / "checkpoints-damaged"
+        with storing(aside):
             aside.mkdir(exist_ok=True)
             for step in damaged:
                 (self.path / str(step)).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._reload()
 
     def _reload(self) -> None:

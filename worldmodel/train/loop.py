@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +23,12 @@ from jax.sharding import Mesh
 from common.console import TrainingConsole, peak_memory_bytes
 from common.errors import ConfigError, DataError, TrainingError
 from common.files import write_atomically
-from worldmodel.config import TrainConfig, to_dict
+from worldmodel.config import TrainConfig, resume_differences, to_dict
 from worldmodel.data.pipeline import make_loader
 from worldmodel.data.records import open_dataset
 from worldmodel.data.tokenize import tokenizer_sha256
 from worldmodel.data.tokens import require_tokenizer
-from worldmodel.runs import RunFolder, RunLog
+from worldmodel.runs import RunFolder, RunLog, SilentLog
 from worldmodel.train.checkpoint import Checkpoints
 from worldmodel.train.objectives import (
     DynamicsObjective,
@@ -40,6 +38,7 @@ from worldmodel.train.objectives import (
     TokenizerObjective,
 )
 from worldmodel.train.optim import make_optimizer
+from worldmodel.train.processes import Stop, agreed, meet, stop_signals
 from worldmodel.train.restore import load_lam, load_tokenizer
 from worldmodel.train.state import Functional, Tree, make_mesh, place_batch, state_shardings, values_of
 
@@ -157,7 +156,8 @@ def make_step(
 ) -> Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, dict[str, Array]]]:
     """The compiled training step: (state, frozen, batch) -> (state, scalars); the old state's buffers are reused.
 
-    A step whose loss or gradient is not finite moves the step's number and `skipped`, nothing else.
+    A step whose loss or gradient is not finite moves the step's number and `skipped`, nothing else. The greatest of a
+    batch's `stop_D`, one number a device, comes back as the scalar `stop` (see `worldmodel.train.processes.Stop`).
     """
     optimizer = make_optimizer(config.optim, config.steps)
 
@@ -185,7 +185,8 @@ def make_step(
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {name: state[name] for name in new})
         skipped = state["skipped"] + jnp.where(finite, 0, 1)
         new_state = {**kept, "step": state["step"] + 1, "key": state["key"], "skipped": skipped}
-        return new_state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **scalars}
+        stop = {"stop": batch["stop_D"].max()} if "stop_D" in batch else {}
+        return new_state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **scalars, **stop}
 
     shardings = state_shardings(state, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -201,24 +202,6 @@ def make_report(
         return objective.report(functional.merge(params, state["stats"]), frozen, batch)
 
     return jax.jit(report)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying; a second SIGINT interrupts at once."""
-    caught: list[int] = []
-
-    def handler(number: int, _frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 def hardware_line() -> str:
@@ -251,6 +234,10 @@ def train(
 ) -> dict[str, Any]:
     """Train one stage to its end, or until a stop signal; run it again to continue.
 
+    Of several processes (`worldmodel.train.processes.joined`) each gives its rows of every batch and its devices.
+    Process 0 writes config, logs and summary and decides what all do about the run folder; a stop signal to any process
+    ends all behind the same step.
+
     Args:
         config: what to train.
         overwrite: discard an earlier run in the same folder.
@@ -262,9 +249,8 @@ def train(
         The summary: status "finished" or "stopped", steps, seconds, last metrics.
 
     Raises:
-        ConfigError, DataError, CheckpointError: bad configuration, data or run folder; ConfigError too if
-            `jax.distributed` has joined several processes: the loader, the sums of a checkpoint and the placing of a
-            batch are made for them, run folder, log and stop signals are not.
+        ConfigError, DataError, CheckpointError: bad configuration, data or run folder; the same in every process, if it
+            is the folder or the checkpoints in it.
         TrainingError: too many steps without a finite gradient; the last such batch is in the run folder.
         StorageError: a checkpoint or log cannot be written.
     """
@@ -284,22 +270,28 @@ def _train(
     console: TrainingConsole,
 ) -> dict[str, Any]:
     request_determinism(config)
-    if jax.process_count() > 1:
+    as_json, run_dir = to_dict(config), Path(config.run_dir)
+    mine: list[RunFolder] = []  # of the process that writes
+
+    def open_run() -> list[Any]:
+        mine.append(RunFolder(run_dir, as_json, overwrite=overwrite))
+        return [as_json, mine[0].summary]
+
+    config_of_first, summary = agreed(open_run)
+    if config_of_first != as_json:
+        differences = resume_differences(config_of_first, as_json) or ["in fields that a resume may change"]
         raise ConfigError(
-            f"{jax.process_count()} JAX processes train into {config.run_dir}, expected one: every process would write "
-            "the same config.json, log.jsonl and summary.json, and a stop signal to one would not reach the others. "
-            "Start one process with all devices of one machine (mesh.data, mesh.fsdp)"
+            f"process {jax.process_index()} was started with another configuration than process 0 "
+            f"({'; '.join(differences[:4])}); give all processes the same command"
         )
-    as_json = to_dict(config)
-    run = RunFolder(config.run_dir, as_json, overwrite=overwrite)
-    if run.summary is not None:
-        return run.summary
+    if summary is not None:
+        return summary
     source = source or Source(config)
     mesh = make_mesh(config.mesh)
     objective = make_objective(config, source.num_actions)
-    checkpoints = Checkpoints(run.path, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    checkpoints = Checkpoints(run_dir, keep=config.keep_checkpoints, keep_every=config.keep_every)
     loader = source.loader(with_frames="frames_BTHWC" in objective.batch_keys)
-    resuming = checkpoints.latest is not None
+    resuming = agreed(lambda: checkpoints.latest is not None)
     functional, state = initial_state(config, objective, None if resuming else source.initial_clips())
     state = jax.device_put(state, state_shardings(state, mesh))
     first = 0
@@ -307,14 +299,15 @@ def _train(
         first, state, loader_state = checkpoints.restore(state, config=as_json)
         loader.restore(loader_state)
     frozen = jax.device_put(objective.frozen, state_shardings(objective.frozen, mesh))
-    validation = source.validation_clips()
-    validation = place_batch(pad_clips(validation, mesh, objective.batch_keys), mesh)
+    validation = place_batch(validation_share(source.validation_clips(), mesh, objective.batch_keys), mesh)
     step_fn = make_step(config, objective, functional, mesh, state)
     report_fn = make_report(config, objective, functional)
-    log = RunLog(
-        run, console, step=first, steps=config.steps, tensorboard=config.tensorboard, wandb=config.wandb,
-        hardware=hardware_line(),
-    )  # fmt: skip
+    log = SilentLog()
+    for run in mine:
+        log = RunLog(
+            run, console, step=first, steps=config.steps, tensorboard=config.tensorboard, wandb=config.wandb,
+            hardware=hardware_line(),
+        )  # fmt: skip
     for line in checkpoints.passed_over:
         log.text(line)
     parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
@@ -324,16 +317,19 @@ def _train(
     window_cpu_s, window_step, step, status = time.process_time(), first, first, "finished"
     before: tuple[int, dict[str, np.ndarray], dict[str, Array]] | None = None
     skipped = int(state["skipped"])
+    stop = Stop(caught, mesh)
+    stopping = stop.at_start()
     try:
         with console.live(config.stage):
             console.waiting(f"{config.stage}: compiling the first step (some seconds to a minute)")
-            while step < config.steps and not caught:
+            while step < config.steps and not stopping:
                 batch = next(batches)
-                placed = place_batch({name: batch[name] for name in objective.batch_keys}, mesh)
-                state, scalars = step_fn(state, frozen, placed)
+                given = {name: batch[name] for name in objective.batch_keys}
+                state, scalars = step_fn(state, frozen, place_batch({**given, **stop.flags()}, mesh))
                 step += 1
                 if before is not None:  # one step behind: the devices are busy with this one meanwhile
-                    skipped = check_finite(run.path, config, skipped, *before)
+                    skipped = check_finite(run_dir, config, skipped, *before)
+                asked = scalars.pop("stop", None)
                 before = (step, batch, scalars)
                 logged = step % config.log_every == 0 or step == config.steps
                 evaluated = step % config.eval_every == 0 or step == config.steps
@@ -358,15 +354,21 @@ def _train(
                     window_s, window_cpu_s, window_step = time.perf_counter(), time.process_time(), step
                 if on_step is not None:
                     on_step(step)
-                if step % config.checkpoint_every == 0 or step == config.steps or caught:
+                stopping = stop.asked(asked)
+                if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                     checkpoints.save(step, state, config=as_json, loader_state=loader.state())
             if before is not None:
-                check_finite(run.path, config, skipped, *before)
+                check_finite(run_dir, config, skipped, *before)
         if step < config.steps:
             status = "stopped"
             log.text(f"stopped by a signal at step {step}; the same command goes on from here")
-    finally:
+    except BaseException:
+        if jax.process_count() == 1:
+            checkpoints.close()
+        raise  # of several, what the others do now is not known: nothing here waits for them
+    else:
         checkpoints.close()
+    finally:
         log.close()
     summary = {
         "status": status,
@@ -381,7 +383,8 @@ def _train(
         "metrics": metrics,
     }
     if status == "finished":
-        run.finish(summary)
+        for run in mine:
+            run.finish(summary)
     return summary
 
 
@@ -391,7 +394,7 @@ def check_finite(
     """How many steps were skipped up to this one.
 
     Raises:
-        TrainingError: more than the configuration allows; this process's part of the batch is then saved.
+        TrainingError: more than the configuration allows; each process has then saved its part of the batch.
     """
     now = int(scalars["skipped"])
     if now <= skipped or now <= config.nonfinite_limit:
@@ -401,6 +404,7 @@ def check_finite(
     arrays: dict[str, Any] = {"step": step, **batch}
     np.savez(content, **arrays)
     write_atomically(path, content.getvalue())
+    meet("a batch that is not finite")
     raise TrainingError(
         f"{run_dir}: {now} steps had a loss or gradient that is not finite, at most {config.nonfinite_limit} are "
         f"skipped (nonfinite_limit); the last was step {step}, its batch is in {path}. Lower the learning rate or look "
@@ -408,13 +412,21 @@ def check_finite(
     )
 
 
-def pad_clips(clips: dict[str, np.ndarray], mesh: Mesh, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Drop clips beyond a multiple of the devices (at least one per device is needed) and keep what the stage reads."""
-    devices = mesh.size
-    count = len(clips["actions_BT"]) // devices * devices
-    if count == 0:
+def validation_share(clips: dict[str, np.ndarray], mesh: Mesh, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """This process's part of the validation clips that the stage reads, without those beyond a multiple of the devices.
+
+    Args:
+        clips: all of them, the same in every process.
+        mesh: devices; at least one clip for each is needed.
+        keys: what the stage reads of a batch.
+
+    Raises:
+        DataError: too few clips.
+    """
+    each, index = len(clips["actions_BT"]) // mesh.size * mesh.size // jax.process_count(), jax.process_index()
+    if each == 0:
         raise DataError(
-            f"{len(clips['actions_BT'])} validation clips cannot be split over {devices} devices; raise eval_clips"
+            f"{len(clips['actions_BT'])} validation clips cannot be split over {mesh.size} devices; raise eval_clips"
         )
     wanted = set(keys) - {"tokens_BTN"} | {"frames_BTHWC"}
-    return {name: value[:count] for name, value in clips.items() if name in wanted}
+    return {name: value[index * each : (index + 1) * each] for name, value in clips.items() if name in wanted}

@@ -95,14 +95,21 @@ def fill_names(template: Tree, flat: dict[str, np.ndarray], *, where: str) -> Tr
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The device mesh of a config, over the first data x fsdp devices.
+    """The device mesh of a config, over the first data x fsdp devices; over all, if there are several processes.
 
     Raises:
-        ConfigError: fewer devices than the mesh needs.
+        ConfigError: fewer devices than the mesh needs, or a process without its share of them.
     """
     need, have = config.data * config.fsdp, jax.device_count()
     if need > have:
         raise ConfigError(f"mesh data={config.data} x fsdp={config.fsdp} needs {need} devices, found {have}")
+    processes = jax.process_count()
+    if processes > 1 and (need < have or have != processes * jax.local_device_count()):
+        raise ConfigError(
+            f"mesh data={config.data} x fsdp={config.fsdp} takes {need} of the {have} devices of {processes} "
+            f"processes, {jax.local_device_count()} of this one; expected all, the same number in each: set "
+            f"--mesh.data and --mesh.fsdp to a product of {have}"
+        )
     devices = np.asarray(jax.devices()[:need]).reshape(config.data, config.fsdp)
     return Mesh(devices, ("data", "fsdp"))
 

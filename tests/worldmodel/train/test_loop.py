@@ -51,14 +51,6 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_several_processes_are_refused_before_they_write(tmp_path, monkeypatch):
-    config = train_config("tokenizer", str(tmp_path / "run"))
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"2 JAX processes .* expected one"):
-        fit(config)
-    assert not (tmp_path / "run").exists()
-
-
 class Crash(Exception):
     """Stands for a kill that nothing can catch in time."""
 
