@@ -27,6 +27,8 @@ LAUNCH = ROOT / "scripts" / "launch"
 SLURM = LAUNCH / "slurm" / "train.sbatch"
 SKYPILOT = LAUNCH / "skypilot" / "train.yaml"
 KUBERNETES = LAUNCH / "kubernetes" / "train.yaml"
+WORLD_SLURM = LAUNCH / "slurm" / "worldmodel.sbatch"
+WORLD_SKYPILOT = LAUNCH / "skypilot" / "worldmodel.yaml"
 ENTRY = "submissions/jepa_mamba/train_gpt.py"
 
 
@@ -57,6 +59,34 @@ def test_options_of_the_launch_files_are_known():
     assert train_gpt.parse_command(words, {}).config.data_path == "/data"
     # Two nodes of eight: a step's windows divide among them.
     assert config.train_batch_tokens // config.train_seq_len % 16 == 0
+
+
+def test_the_world_models_files_start_its_processes():
+    pytest.importorskip("jax")
+    from worldmodel.train.processes import members
+
+    # Slurm: a process a GPU, named as srun names them.
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", WORLD_SLURM.read_text("utf-8"), re.MULTILINE))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+    count = int(asked["nodes"]) * int(asked["ntasks-per-node"])
+    assert f"--mesh.data {count}" in WORLD_SLURM.read_text("utf-8")
+    slurm = {"SLURM_NTASKS": str(count), "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-2]"}
+    assert members(slurm) == (None, count, 3)
+    # SkyPilot: a process a node; `python` here tells what the script started and with which variables.
+    run = read(WORLD_SKYPILOT)["run"].replace(".venv/bin/python", "tell")
+    tell = 'tell() { echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID $*"; }\n'
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    envs = {name: value or "" for name, value in read(WORLD_SKYPILOT)["envs"].items()}
+    done = subprocess.run(
+        ["bash", "-euc", tell + run.replace("exec ", "")], env=envs | nodes | {"SKYPILOT_NUM_GPUS_PER_NODE": "8"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    address, processes, index, *line = done.stdout.split()
+    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": processes, "JAX_PROCESS_ID": index}
+    assert members(named) == ("10.0.0.1:8476", 2, 1)
+    assert line[:4] == ["-m", "worldmodel", "train", "gpu-tokenizer"]
+    assert line[line.index("--mesh.data") + 1] == "16"
+    assert line[line.index("--run-dir") + 1] == "runs/worldmodel"
 
 
 def test_pods_run_closed():
@@ -124,12 +154,13 @@ def test_jobset_accepts_the_file():
         jsonschema.validate(jobset, schema)
 
 
-def test_skypilot_accepts_the_task():
+@pytest.mark.parametrize("path", [SKYPILOT, WORLD_SKYPILOT], ids=["lm", "worldmodel"])
+def test_skypilot_accepts_the_task(path):
     pytest.importorskip("sky")
     from sky import exceptions
     from sky.utils import common_utils, schemas
 
-    task = read(SKYPILOT)
+    task = read(path)
     task["envs"]["DATA_URL"] = "s3://bucket/fineweb-sp8192"
     common_utils.validate_schema(task, schemas.get_task_schema(), "")
     common_utils.validate_schema(task["resources"], schemas.get_resources_schema(), "")
@@ -138,7 +169,8 @@ def test_skypilot_accepts_the_task():
 
 
 def test_bash_accepts_the_scripts(tmp_path):
-    for text in (SLURM.read_text("utf-8"), read(SKYPILOT)["setup"], read(SKYPILOT)["run"]):
+    tasks = [text for path in (SKYPILOT, WORLD_SKYPILOT) for text in (read(path)["setup"], read(path)["run"])]
+    for text in (SLURM.read_text("utf-8"), WORLD_SLURM.read_text("utf-8"), *tasks):
         script = tmp_path / "script"
         script.write_text(text, encoding="utf-8")
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
@@ -198,11 +230,16 @@ def slurm_environment(tmp_path: Path):
         controller.wait()
 
 
-def test_slurm_accepts_the_job(slurm_environment):
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [(SLURM, ["--preset", "seed_bpe"]), (WORLD_SLURM, ["gpu-tokenizer", "--mesh.data", "16"])],
+    ids=["lm", "worldmodel"],
+)
+def test_slurm_accepts_the_job(slurm_environment, script, more):
     """Slurm's own dry run: the job could start on the two nodes, and what it could not run is refused."""
 
-    def dry_run(*more: str) -> subprocess.CompletedProcess[str]:
-        line = ["sbatch", "--test-only", *more, str(SLURM), "--preset", "seed_bpe"]
+    def dry_run(*asked: str) -> subprocess.CompletedProcess[str]:
+        line = ["sbatch", "--test-only", *asked, str(script), *more]
         return subprocess.run(line, cwd=ROOT, env=slurm_environment, capture_output=True, text=True, check=False)
 
     done = dry_run()
