@@ -150,7 +150,7 @@ def test_update_adds_world_models_with_their_film(tmp_path):
         "above_copy_last_db_at_1": "1.00 [0.50, 1.25]", "above_copy_last_db_at_4": "4.00 [3.50, 4.25]",
         "above_copy_last_db_at_8": "8.00 [7.50, 8.25]", "delta_psnr_db": "4.00 [3.50, 4.25]",
         "latent_delta_psnr_db": "4.00 [3.50, 4.25]", "latent_actions_used": "6 of 6", "frames_per_s": "201",
-        "artifact_bytes": "1,273,238", "minutes": "1.5000", "clips": "1,024",
+        "artifact_bytes": "1,273,238", "minutes": "1.5", "clips": "1,024",
     }  # fmt: skip
     del document["dynamics_latent"]
     (run / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
