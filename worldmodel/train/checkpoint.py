@@ -147,7 +147,10 @@ class Checkpoints:
             read_only=read_only,
             enable_async_checkpointing=not read_only,
             lightweight_initialize=True,  # else one step with damaged metadata keeps all others from being read
-            async_options=ocp.options.AsyncOptions(timeout_secs=ORBAX_TIMEOUT_S),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=ORBAX_TIMEOUT_S,
+                create_directories_asynchronously=False,  # those are waited for by the clock too, for 300 s at most
+            ),
             cleanup_tmp_directories=not read_only,  # what a killed process was writing
         )
         self.passed_over: list[str] = []

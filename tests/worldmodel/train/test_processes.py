@@ -142,6 +142,8 @@ kind = sys.argv[1]
 if kind == "kill" and index == 1: os.kill(os.getpid(), signal.SIGKILL)
 if kind == "fail": sys.exit(2 * index)
 if kind == "stop":
+    if index == 0: open("ready", "w").close()  # it hears signals from here on
+    while not os.path.exists("ready"): time.sleep(0.01)
     if index == 1: os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
 if kind == "hang" and index == 0: time.sleep(60)
@@ -150,7 +152,8 @@ if kind == "hang": sys.exit(1)
 
 
 @pytest.mark.parametrize(("kind", "status"), [("well", 0), ("fail", 2), ("kill", 137), ("stop", 0), ("hang", 137)])
-def test_the_launcher_passes_signals_on_and_ends_with_the_worst_status(kind, status, monkeypatch) -> None:
+def test_the_launcher_passes_signals_on_and_ends_with_the_worst_status(kind, status, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS", raising=False)
     monkeypatch.setattr("worldmodel.train.processes.LEAVE_LIMIT_S", 0.2)
     before = signal.getsignal(signal.SIGTERM)
