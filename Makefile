@@ -12,9 +12,9 @@ EXTRAS := lm,worldmodel,coinrun,dev
 # edits, a new checkout or a touched file install nothing.
 PINS := $(shell { sed '/^\[tool\./,$$d' pyproject.toml; cat containers/coinrun.no-deps.txt; echo '$(EXTRAS)'; } | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.pins-$(PINS)
-# Two processes of one thread each: the tests are small, and more threads only fight for the cores. A file goes to one of them,
-# so that what its tests share (runs, compiled functions) is made once.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+# Two processes of one thread each: the tests are small, and more threads only fight for the cores. Each takes half of the
+# files, so that what the tests of one share (runs, compiled functions) is mostly made once, and helps the other at the end.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 # Locks, bills of materials and launch files are checked by tools whose own pins do not fit beside ours.
 RELEASE := .venv-release

@@ -148,7 +148,7 @@ def test_train_log_opens_with_our_source(tmp_path):
     assert "jax==" in text
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4)])
+@pytest.mark.parametrize("mesh", [pytest.param(MeshConfig(data=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=4)])
 def test_eight_devices_give_the_loss_of_one_and_their_checkpoint_fits_one(mesh, tmp_path, tokenizer_run, monkeypatch):
     monkeypatch.setattr("worldmodel.train.state.FSDP_MIN_VALUES", 16)  # split even these tiny arrays
     one = train_config("dynamics", str(tmp_path / "one"), tokenizer_run=tokenizer_run)
