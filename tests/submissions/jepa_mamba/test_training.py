@@ -375,6 +375,7 @@ def artifacts_equal(a: Path, b: Path) -> bool:
     return (a / "model.artifact").read_bytes() == (b / "model.artifact").read_bytes()
 
 
+@pytest.mark.slow  # the fault campaign in miniature does so with two ranks
 def test_killed_run_resumes_bitwise(byte_data: Path, tmp_path: Path) -> None:
     options = {**EVERYTHING, "iterations": 40, "checkpoint_every": 4, "ema_start_fraction": 0.2, "data_path": byte_data}
     run_entry(*flags(**options, runs_dir=tmp_path / "a", run_id="run"))
@@ -537,7 +538,9 @@ def test_another_configuration_does_not_resume(byte_data: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sigreg_mode": "pooled", "attn_layers": "2", "document_reset": True}], ids=["seed", "pooled"]
+    "options",
+    [{}, pytest.param({"sigreg_mode": "pooled", "attn_layers": "2", "document_reset": True}, marks=pytest.mark.slow)],
+    ids=["seed", "pooled"],
 )
 def test_two_ranks_train_as_one(byte_data: Path, tmp_path: Path, options: dict) -> None:
     # One micro-batch a rank: SIGReg's statistic is over a micro-batch of all ranks together.

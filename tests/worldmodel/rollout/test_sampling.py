@@ -94,7 +94,7 @@ def test_temperature_samples_from_the_true_distribution():
 
 
 @pytest.mark.parametrize("source", ["ground-truth", "latent"])
-@pytest.mark.parametrize("conditioning", ["prepend", "add"])
+@pytest.mark.parametrize("conditioning", ["prepend", pytest.param("add", marks=pytest.mark.slow)])
 def test_rollouts_with_and_without_cache_are_equal(source, conditioning):
     model = dynamics(action_source=source, action_conditioning=conditioning)
     prompt = jax.random.randint(jax.random.key(0), (2, 2, 4), 0, 16)

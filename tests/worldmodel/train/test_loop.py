@@ -55,7 +55,7 @@ class Crash(Exception):
     """Stands for a kill that nothing can catch in time."""
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "dynamics"])
+@pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "dynamics"])
 def test_n_steps_equal_half_killed_and_resumed_bitwise(stage, tmp_path, tokenizer_run):
     changes = {"tokenizer_run": tokenizer_run} if stage == "dynamics" else {}
     optim = dataclasses.replace(OPTIM, ema=0.9)
@@ -89,6 +89,7 @@ def test_n_steps_equal_half_killed_and_resumed_bitwise(stage, tmp_path, tokenize
     assert [step for step, _ in losses[0]] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow  # the fault campaign in miniature compares runs bit for bit all the time
 def test_two_equal_runs_are_bitwise_equal_and_another_seed_is_not(tmp_path):
     runs = [train_config("lam", str(tmp_path / name), seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     for config in runs:
