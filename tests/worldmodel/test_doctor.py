@@ -21,7 +21,6 @@ def _no_timing(monkeypatch):
     monkeypatch.setattr("worldmodel.doctor.ceilings_here", lambda dtype: FIXED)
 
 
-@pytest.mark.slow
 def test_a_prediction_is_the_compilers_count_at_the_ceilings():
     config = train_config("lam", "unused")
     document = examine(config, num_actions=3)
