@@ -10,14 +10,16 @@ A spec (TOML) names arms, seeds and budgets; every arm runs once for every seed 
     the reference arm, seed by seed. The report checks it: "starts alike" says whether the cross-entropy of the very
     first batch is bit for bit the reference's, as it must be for arms with the same model.
   * Resumable: a finished run is kept, a killed one goes on from its checkpoint (the baseline starts over), and runs of
-    another configuration are an error. The same command does all of it.
+    another configuration are an error. The same command does all of it. With `--keep FILE` that holds for the runs in
+    FILE too, so a study goes on in another clone or on another machine, which has the file and not the folders.
   * Queued on what is there: GPUs, one run each; else CPU cores, `threads` of them a run, pinned.
   * Equal steps and equal time are two budgets of one spec. On a shared machine a time budget says `clock = "cpu"`: a
     second is one of processor time of that process, all threads together, so that other work costs no arm its steps.
     (It can still cost cache and clock rate; runs of one seed therefore run one after the other, not arm by arm.)
     A time budget that says `priced_by = "steps"` needs no clock: once that budget is finished, an arm gets the steps it
     can make while the reference makes `iterations`. The price of a step is the median over seeds of the arm's
-    processor seconds a step over the reference's of the same seed. Such runs are the same on any machine.
+    processor seconds a step over the reference's of the same seed. Such runs are the same on any machine, and one that
+    is a run of the other budget once more is not made again.
   * A placebo arm, identical to the reference, must come out null; without a clock its difference is exactly 0. If it
     does not, the report says so on top and the status is 1.
 
@@ -26,8 +28,8 @@ of arms (Holm). A verdict is *better* or *worse* if the interval excludes 0 and 
 *null* if the interval lies within that effect on both sides, and *undecided* otherwise.
 
 Writes report.json, report.md, report.png and runs/BUDGET/ARM-seedN/ (into runs/ablations/NAME). `--keep FILE` writes
-the JSON there too, for the repository; it holds the hash of the spec, so that a later change of a preregistered file
-shows.
+the JSON there too after every run, for the repository; it holds the hash of the spec, so that a later change of a
+preregistered file shows.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,15 @@ class PlannedRun:
     def label(self) -> str:
         return f"{self.budget}/{self.arm}-seed{self.seed}"
 
+    @property
+    def meant(self) -> dict[str, Any]:
+        """What the run computes: its configuration without what it is free to have otherwise."""
+        return {name: value for name, value in self.config.items() if name not in FREE}
+
+    @property
+    def config_sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.meant, sort_keys=True, default=str).encode()).hexdigest()
+
     def command(self) -> str:
         return shlex.join(["python", *self.arguments])
 
@@ -189,23 +200,23 @@ def step_prices(spec: Spec, budget: str, rows: Sequence[Mapping[str, Any]]) -> d
     return prices | dict.fromkeys(same, 1.0)
 
 
-def measured(spec: Spec, budget: str, out: Path) -> list[dict[str, Any]]:
-    """What `step_prices` needs of the finished runs of a budget."""
-    rows = []
+def measured(spec: Spec, budget: str, out: Path, kept: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What `step_prices` needs of the finished runs of a budget: in their folders, or else kept."""
+    rows = {(row["arm"], row["seed"]): row for row in kept if row["budget"] == budget}
     for arm in spec.arms:
         for seed in spec.seeds:
             path = out / "runs" / budget / f"{arm}-seed{seed}" / "summary.json"
             if path.is_file():
                 summary = json.loads(path.read_text(encoding="utf-8"))
                 known = {"budget": budget, "arm": arm, "seed": seed}
-                rows.append(known | {name: summary[name] for name in ("train_s", "steps")})
-    return rows
+                rows[arm, seed] = known | {name: summary[name] for name in ("train_s", "steps")}
+    return list(rows.values())
 
 
-def plan_runs(spec: Spec, data: Path, out: Path) -> list[PlannedRun]:
+def plan_runs(spec: Spec, data: Path, out: Path, kept: Sequence[Mapping[str, Any]] = ()) -> list[PlannedRun]:
     """Every run, in an order in which the runs of one seed follow each other. Raises ConfigError for a bad option."""
     runs = []
-    prices = {name: step_prices(spec, name, measured(spec, name, out)) for name in priced_budgets(spec).values()}
+    prices = {name: step_prices(spec, name, measured(spec, name, out, kept)) for name in priced_budgets(spec).values()}
     for seed in spec.seeds:
         for budget, limits in spec.budgets.items():
             for arm, changes in spec.arms.items():
@@ -235,8 +246,8 @@ def plan_runs(spec: Spec, data: Path, out: Path) -> list[PlannedRun]:
                 config["entry"] = entry
                 runs.append(PlannedRun(budget, arm, seed, folder, (path, *flags), config, waits_for))
     if spec.placebo:
-        kept = {name: [meant(r) for r in runs if r.arm == name] for name in (spec.placebo, spec.reference)}
-        if kept[spec.placebo] != kept[spec.reference]:
+        both = {name: [r.config_sha256 for r in runs if r.arm == name] for name in (spec.placebo, spec.reference)}
+        if both[spec.placebo] != both[spec.reference]:
             raise ConfigError(f"placebo {spec.placebo} is not identical to {spec.reference}; give it the same options")
     return runs
 
@@ -244,10 +255,6 @@ def plan_runs(spec: Spec, data: Path, out: Path) -> list[PlannedRun]:
 def priced_budgets(spec: Spec) -> dict[str, str]:
     """Budgets whose steps have a price, with the budget that tells it."""
     return {budget: limits["priced_by"] for budget, limits in spec.budgets.items() if "priced_by" in limits}
-
-
-def meant(run: PlannedRun) -> dict[str, Any]:
-    return {name: value for name, value in run.config.items() if name not in FREE}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +267,7 @@ def finished_summary(run: PlannedRun) -> dict[str, Any] | None:
     if not run.summary.is_file():
         return None
     summary = json.loads(run.summary.read_text(encoding="utf-8"))
-    wanted = meant(run)
+    wanted = run.meant
     wanted.pop("entry")
     changed = {name: (summary["config"].get(name), value) for name, value in wanted.items()}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
@@ -305,24 +312,18 @@ def start_run(run: PlannedRun, slot: dict[str, Any], threads: int) -> subprocess
     return process
 
 
-def adopt(run: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
-    """Copy the finished run of the same arm, seed and configuration from another budget, if there is one."""
-    for other in runs:
-        same = (other.arm, other.seed) == (run.arm, run.seed) and not other.waits_for and meant(other) == meant(run)
-        if same and other.budget != run.budget and finished_summary(other) is not None:
-            half = run.folder.with_name(run.folder.name + ".copying")
-            shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(other.folder, half)
-            shutil.rmtree(run.folder, ignore_errors=True)
-            half.rename(run.folder)
-            print(f"{run.label}: is {other.label} once more, copied", flush=True)
-            return True
-    return False
+def execute(
+    spec: Spec,
+    runs: Sequence[PlannedRun],
+    slots: list[dict[str, Any]],
+    finished: Iterable[str],
+    save: Callable[[], Any],
+) -> list[str]:
+    """Run what is not finished (by label), calling `save` after each; returns what failed.
 
-
-def execute(spec: Spec, runs: Sequence[PlannedRun], slots: list[dict[str, Any]]) -> list[str]:
-    """Run what is not finished; returns what failed. Raises KeyboardInterrupt after the runs in flight have saved."""
-    waiting = [run for run in runs if finished_summary(run) is None and not adopt(run, runs)]
+    Raises KeyboardInterrupt after the runs in flight have saved.
+    """
+    waiting = [run for run in runs if run.label not in set(finished)]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished; {len(slots)} at a time", flush=True)
     free, failed, done = list(slots), [], 0
     busy: list[tuple[PlannedRun, dict[str, Any], subprocess.Popen[bytes]]] = []
@@ -347,6 +348,7 @@ def execute(spec: Spec, runs: Sequence[PlannedRun], slots: list[dict[str, Any]])
                     print(f"FAILED {failed[-1]}", flush=True)
                 else:
                     print(f"{run.label}: {summary['val_bpb']:.4f} bpb, {summary['steps']} steps", flush=True)
+                    save()
             time.sleep(0.2)
     finally:
         for _, _, process in busy:
@@ -420,25 +422,56 @@ def latents_of(folder: Path) -> dict[str, float] | None:
     return {k: v for k, v in events[-1].items() if k not in ("event", "step")} if events else None
 
 
-def collect(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
-    """One row a finished run. Raises DataError if they were not scored on the same text."""
-    rows = []
-    for run in runs:
-        summary = None if run.waits_for else finished_summary(run)
-        if summary is None:
-            continue
-        names = (
-            *METRICS, "steps", "tokens", "train_s", "artifact_bytes", "params", "clock", "eval_mode", "val_sha256",
-            "tokenizer_sha256", "code_sha256",
-        )  # fmt: skip
-        row = {"budget": run.budget, "arm": run.arm, "seed": run.seed, "entry": run.config["entry"]}
-        row |= {name: summary.get(name) for name in names}
-        row |= {"git": summary.get("git"), "machine": summary["environment"], "first_ce": first_loss(run.folder)}
-        rows.append(row | {"latents": latents_of(run.folder)})
-    for name in ("val_sha256", "tokenizer_sha256"):
-        if len({row[name] for row in rows}) > 1:
-            raise DataError(f"the runs do not share one {name}; they cannot be compared: start over with one --data")
+def row_of(run: PlannedRun) -> dict[str, Any] | None:
+    """What the report needs of a finished run; None for another."""
+    summary = finished_summary(run)
+    if summary is None:
+        return None
+    names = (
+        *METRICS, "steps", "tokens", "train_s", "artifact_bytes", "params", "clock", "eval_mode", "val_sha256",
+        "tokenizer_sha256", "code_sha256",
+    )  # fmt: skip
+    row = {"budget": run.budget, "arm": run.arm, "seed": run.seed, "entry": run.config["entry"]}
+    row |= {"config_sha256": run.config_sha256} | {name: summary.get(name) for name in names}
+    row |= {"git": summary.get("git"), "machine": summary["environment"], "first_ce": first_loss(run.folder)}
+    return row | {"latents": latents_of(run.folder)}
+
+
+def read_kept(path: Path | None) -> list[dict[str, Any]]:
+    """Rows of an earlier report, none if there is no such file. Raises DataError for anything else."""
+    if path is None or not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in rows:
+            row["budget"], row["arm"], row["seed"], row["train_s"] / row["steps"]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise DataError(f"{path}: {error!r}; expected a report that --keep wrote; give another file") from error
     return rows
+
+
+def collect(runs: Sequence[PlannedRun], kept: Sequence[dict[str, Any]] = ()) -> dict[str, dict[str, Any]]:
+    """Rows of the finished runs by label: from their folders, else kept, else those of another budget's equal run.
+
+    Raises DataError for runs of other options than planned, or if they were not scored on the same text.
+    """
+    planned = {run.label: run for run in runs if not run.waits_for}
+    found = {label: row_of(run) for label, run in planned.items()}
+    rows = {label: row for label, row in found.items() if row is not None}
+    for row in kept:
+        label = f"{row['budget']}/{row['arm']}-seed{row['seed']}"
+        if label not in planned or row.get("config_sha256") != planned[label].config_sha256:
+            raise DataError(f"--keep has {label} of other options than the spec's now; give another file or remove it")
+        rows.setdefault(label, row)
+    known = {(row["arm"], row["seed"], row["config_sha256"]): row for row in rows.values()}
+    for label, run in planned.items():
+        twin = known.get((run.arm, run.seed, run.config_sha256))
+        if label not in rows and twin is not None:
+            rows[label] = {**twin, "budget": run.budget}
+    for name in ("val_sha256", "tokenizer_sha256"):
+        if len({row[name] for row in rows.values()}) > 1:
+            raise DataError(f"the runs do not share one {name}; they cannot be compared: start over with one --data")
+    return {label: rows[label] for label in planned if label in rows}
 
 
 def analyse(spec: Spec, rows: Sequence[dict[str, Any]], planned: int) -> dict[str, Any]:
@@ -598,14 +631,40 @@ def draw(result: Mapping[str, Any]) -> bytes:
     return picture.getvalue()
 
 
-def write_report(spec: Spec, runs: Sequence[PlannedRun], out: Path, command: str) -> dict[str, Any]:
-    """Analyse what is finished and write the three files."""
-    result = analyse(spec, collect(runs), len(runs)) | {"command": command}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "report.json", (json.dumps(result, indent=1) + "\n").encode())
-    write_atomically(out / "report.md", markdown(result, runs, command).encode())
-    write_atomically(out / "report.png", draw(result))
-    return result
+@dataclass(frozen=True)
+class Study:
+    """A spec with its places: what is planned now, what is finished, and the report of it."""
+
+    spec: Spec
+    data: Path
+    out: Path
+    keep: Path | None
+    kept: list[dict[str, Any]]  # rows that the file of `keep` had at the start
+    command: str
+
+    def plan(self) -> list[PlannedRun]:
+        return plan_runs(self.spec, self.data, self.out, self.kept)
+
+    def result(self, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+        """What is finished, analysed."""
+        return analyse(self.spec, list(collect(runs, self.kept).values()), len(runs)) | {"command": self.command}
+
+    def save(self) -> None:
+        """Write the file to keep, if there is one: what a killed study does not lose."""
+        if self.keep is not None:
+            self.keep.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.keep, (json.dumps(self.result(self.plan()), indent=1) + "\n").encode())
+
+    def report(self) -> dict[str, Any]:
+        """Write the three files, and the one to keep."""
+        runs = self.plan()
+        result = self.result(runs)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / "report.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_atomically(self.out / "report.md", markdown(result, runs, self.command).encode())
+        write_atomically(self.out / "report.png", draw(result))
+        self.save()
+        return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -629,18 +688,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             raise ConfigError(f"{', '.join(unknown)}: no arm, seed or budget of {arguments.spec}")
         out = (arguments.out or ROOT / "runs" / "ablations" / spec.name).resolve()
-        plan_runs(spec, arguments.data.resolve(), out)  # refuses a bad spec before there is a folder
-
-        def chosen() -> list[PlannedRun]:
-            return [
-                run for run in plan_runs(spec, arguments.data.resolve(), out)
-                if (not arguments.only or run.arm in (*arguments.only, spec.reference))
-                and (not arguments.seeds or run.seed in arguments.seeds)
-                and (not arguments.budgets or run.budget in arguments.budgets)
-                and not run.waits_for
-            ]  # fmt: skip
-
         command = shlex.join(["python", "scripts/ablate.py", *words])
+        data, keep = arguments.data.resolve(), arguments.keep
+        study = Study(spec, data, out, keep, read_kept(keep), command)
+        collect(study.plan(), study.kept)  # refuses a bad spec or file before there is a folder
         failed: list[str] = []
         if not arguments.report:
             out.mkdir(parents=True, exist_ok=True)
@@ -650,14 +701,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except BlockingIOError:
                     raise ConfigError(f"{out}: another ablation is running there; wait or give another --out") from None
                 slots = slots_of(spec, arguments.jobs)
-                failed = execute(spec, chosen(), slots)
-                if priced_budgets(spec) and not failed:
-                    failed = execute(spec, chosen(), slots)  # those whose number of steps the others have told
-        runs = plan_runs(spec, arguments.data.resolve(), out)
-        result = write_report(spec, runs, out, command)
-        if arguments.keep is not None:
-            arguments.keep.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(arguments.keep, (out / "report.json").read_bytes())
+                # Twice where steps have a price: those whose number of steps the others have told come after them.
+                for _ in range(2 if priced_budgets(spec) else 1):
+                    runs = study.plan()
+                    chosen = [
+                        run for run in runs
+                        if (not arguments.only or run.arm in (*arguments.only, spec.reference))
+                        and (not arguments.seeds or run.seed in arguments.seeds)
+                        and (not arguments.budgets or run.budget in arguments.budgets)
+                        and not run.waits_for
+                    ]  # fmt: skip
+                    failed = failed or execute(spec, chosen, slots, collect(runs, study.kept), study.save)
+        result = study.report()
         for budget in spec.budgets:
             print(f"\n{budget}: {limits_text(spec.budgets[budget])}\n{arm_table(result, budget)}")
         print(f"\nreport: {out / 'report.md'}, {out / 'report.png'}")

@@ -176,6 +176,32 @@ def test_runs_once_resumes_and_reports(spec_file: Path, tmp_path: Path, fake_ent
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_study_goes_on_from_the_kept_file_alone(spec_file: Path, tmp_path: Path, fake_entry: None) -> None:
+    first, rest = SPEC.index("[budgets.steps]"), SPEC.index("[arms.base]")
+    spec_file.write_text(SPEC[:first] + PRICED + SPEC[rest:])
+    kept = tmp_path / "kept.json"
+
+    def run(out: str, *words: str) -> dict:
+        where = [str(spec_file), "--data", str(tmp_path), "--out", str(tmp_path / out), "--keep", str(kept)]
+        assert ablate.main([*where, *words]) == 0
+        assert kept.read_bytes() == (tmp_path / out / "report.json").read_bytes()
+        return json.loads(kept.read_text())
+
+    assert run("here", "--seeds", "1")["finished_runs"] == 4
+    assert run("there")["finished_runs"] == 24  # another machine: no folder of the first seed
+    assert sorted(p.parent.name for p in (tmp_path / "there").glob("runs/steps/*/started")) == sorted(
+        f"{arm}-seed{seed}" for arm in ("base", "same", "smaller", "plain") for seed in (2, 3)
+    )
+    whole = run("nowhere", "--report")
+    assert not (tmp_path / "nowhere/runs").exists()
+    run("whole", "--only", "same")  # nothing is left to do
+    assert not (tmp_path / "whole/runs").exists()
+    assert ablate.main([str(spec_file), "--data", str(tmp_path), "--out", str(tmp_path / "alone")]) == 0
+    alone = json.loads((tmp_path / "alone/report.json").read_text())
+    assert alone["rows"] == whole["rows"]
+    assert alone["budgets"] == whole["budgets"]
+
+
 PRICED = """
 [budgets.steps]
 clock = "cpu"
@@ -195,20 +221,18 @@ def test_equal_time_by_the_price_of_a_step(spec_file: Path, tmp_path: Path, fake
     out = tmp_path / "out"
     where = [str(spec_file), "--data", str(tmp_path), "--out", str(out)]
     assert ablate.main([*where, "--only", "smaller"]) == 0
-    # The fake's steps all cost the same, so nothing of `time` differs from `steps` and its runs are copies.
-    assert "time/smaller-seed1: is steps/smaller-seed1 once more, copied" in capsys.readouterr().out
-    assert not (out / "runs/time/same-seed1").exists()  # its own `steps` are not there yet: its price is not known
+    # The fake's steps all cost the same, so nothing of `time` differs from `steps` and no run of it is made again.
+    assert not (out / "runs/time").exists()
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert {(r["budget"], r["arm"]) for r in rows} == {(b, a) for b in ("steps", "time") for a in ("base", "smaller")}
     for seed, seconds in ((1, 1.2), (2, 1.25), (3, 9.0)):  # the last while the machine did something else
         path = out / f"runs/steps/smaller-seed{seed}/summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"train_s": seconds}))
-        for name in ("smaller", "base"):
-            (out / f"runs/time/{name}-seed{seed}/summary.json").unlink()
     assert ablate.main(where) == 0
     runs = {run.label: run for run in plan_runs(read_spec(spec_file), tmp_path, out)}
     iterations = {arm: runs[f"time/{arm}-seed1"].config["iterations"] for arm in ("base", "same", "smaller", "plain")}
     assert iterations == {"base": 30, "same": 30, "smaller": 24, "plain": 30}
-    assert (out / "runs/time/smaller-seed1/started").read_text() == "xx"  # its copy, and once by itself
-    assert (out / "runs/time/base-seed1/started").read_text() == "x"
+    assert sorted(p.name for p in (out / "runs/time").glob("*-seed?")) == [f"smaller-seed{s}" for s in (1, 2, 3)]
     time = json.loads((out / "report.json").read_text())["budgets"]["time"]
     assert time["prices"] == {"base": 1.0, "same": 1.0, "smaller": 1.25, "plain": 1.0}
     text = (out / "report.md").read_text()
@@ -226,7 +250,9 @@ def test_a_placebo_that_differs_is_shouted(spec_file: Path, tmp_path: Path, fake
     assert "**The placebo is not null under time" in (tmp_path / "out/report.md").read_text()
 
 
-def test_runs_of_other_options_or_text_are_an_error(spec_file: Path, tmp_path: Path, fake_entry: None) -> None:
+def test_runs_of_other_options_or_text_are_an_error(
+    spec_file: Path, tmp_path: Path, fake_entry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = [str(spec_file), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "base", "--seeds", "1"]
     assert ablate.main(where) == 0
     spec_file.write_text(SPEC.replace("model_dim = 64", "model_dim = 128"))
@@ -238,6 +264,15 @@ def test_runs_of_other_options_or_text_are_an_error(spec_file: Path, tmp_path: P
     path.write_text(json.dumps(json.loads(path.read_text()) | {"val_sha256": "other"}))
     with pytest.raises(DataError, match="do not share one val_sha256"):
         ablate.collect(runs)
+    kept = tmp_path / "kept.json"
+    kept.write_text((tmp_path / "out/report.json").read_text())
+    again = [str(spec_file), "--data", str(tmp_path), "--out", str(tmp_path / "new"), "--keep", str(kept)]
+    spec_file.write_text(SPEC.replace("model_dim = 64", "model_dim = 128"))
+    for text, says in ((kept.read_text(), "steps/base-seed1 of other options"), ("{}", "KeyError('rows')")):
+        kept.write_text(text)
+        assert ablate.main([*again, "--report"]) == 2
+        assert says in capsys.readouterr().err
+        assert kept.read_text() == text
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(spec_file: Path) -> None:
