@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
@@ -14,6 +15,7 @@ import torch
 from common.artifact.container import encode_artifact
 from common.errors import ArtifactError, ConfigError
 from common.text.shards import write_shard
+from submissions.baseline import train_gpt
 from submissions.baseline.train_gpt import (
     Config,
     Transformer,
@@ -69,14 +71,18 @@ def test_a_run_from_shards_to_score(data: Path, tmp_path: Path, capsys: pytest.C
     assert "is finished" in capsys.readouterr().err
 
 
-def test_clock_stops_the_run_and_reaches_the_end_of_the_schedule(data: Path, tmp_path: Path) -> None:
+def test_clock_stops_the_run_and_reaches_the_end_of_the_schedule(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(train_gpt.time, "process_time", lambda: next(ticks) / 32)  # a reading a step
     options = {"run_id": "t", "clock": "cpu", "max_wallclock_seconds": 0.5, "iterations": 100000}
     assert main(flags(data, tmp_path, **options)) == 0
     summary = json.loads((tmp_path / "t/summary.json").read_text())
     last = json.loads((tmp_path / "t/log.jsonl").read_text().splitlines()[-1])
-    assert 1 < summary["steps"] < 100000
-    assert summary["train_s"] < 1.0
-    assert last["lr_scale"] < 0.5
+    # A sixteenth step could end at 0.5, with no time to spare.
+    assert (summary["steps"], summary["train_s"]) == (15, 15 / 32)
+    assert last["lr_scale"] == pytest.approx((1 - 14 / 16) / Config().warmdown_fraction)
 
 
 def test_windows_score_every_target_once() -> None:
