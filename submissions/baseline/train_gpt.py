@@ -412,6 +412,7 @@ def run(arguments: argparse.Namespace, c: Config, device: torch.device, rank: in
         "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "environment": {
             "torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(world)] if device.type == "cuda" else [],
         },
     }  # fmt: skip

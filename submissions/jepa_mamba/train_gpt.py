@@ -2058,6 +2058,7 @@ def versions_and_hardware(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # its products round otherwise than another's
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }

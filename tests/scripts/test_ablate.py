@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import ConfigError, DataError
 from scripts import ablate
@@ -59,7 +60,8 @@ log = {"event": "step", "step": 1, "ce": 5.5 if arm != "plain" else 6.5}
 (folder / "log.jsonl").write_text(json.dumps(log) + "\\n")
 summary = {"val_bpb": bpb, "float_val_bpb": bpb - 0.01, "steps": 5, "tokens": 9, "train_s": 1.0, "artifact_bytes": 7,
            "params": 3, "clock": "cpu", "eval_mode": "carried", "val_sha256": "a", "tokenizer_sha256": "b",
-           "code_sha256": sys.argv[1], "environment": {}, "config": json.loads(sys.stdin.read())}
+           "code_sha256": sys.argv[1], "environment": {"cpu_capability": "CAPABILITY"},
+           "config": json.loads(sys.stdin.read())}
 if not (folder / "break").exists():
     (folder / "summary.json").write_text(json.dumps(summary))
 """
@@ -75,7 +77,7 @@ def spec_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def fake_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "fake.py"
-    program.write_text(FAKE)
+    program.write_text(FAKE.replace("CAPABILITY", torch.backends.cpu.get_cpu_capability()))
 
     def start(run, slot, threads):
         process = subprocess.Popen([sys.executable, "-S", str(program), *run.arguments], stdin=subprocess.PIPE)
@@ -200,6 +202,36 @@ def test_a_study_goes_on_from_the_kept_file_alone(spec_file: Path, tmp_path: Pat
     alone = json.loads((tmp_path / "alone/report.json").read_text())
     assert alone["rows"] == whole["rows"]
     assert alone["budgets"] == whole["budgets"]
+
+
+def test_no_seed_is_shared_by_processors_that_round_otherwise(
+    spec_file: Path, tmp_path: Path, fake_entry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, rest = SPEC.index("[budgets.steps]"), SPEC.index("[arms.base]")
+    spec_file.write_text(SPEC[:first] + PRICED + SPEC[rest:])
+    kept = tmp_path / "kept.json"
+    where = [str(spec_file), "--data", str(tmp_path), "--keep", str(kept)]
+
+    def started(out: str) -> set[str]:
+        return {p.parent.name for p in (tmp_path / out).glob("runs/*/*/started")}
+
+    assert ablate.main([*where, "--out", str(tmp_path / "here"), "--seeds", "1"]) == 0
+    result = json.loads(kept.read_text())
+    whole = [row | {"machine": {"cpu_capability": "another"}} for row in result["rows"]]
+    kept.write_text(json.dumps(result | {"rows": whole[:-1]}))
+    before = kept.read_bytes()
+    assert ablate.main([*where, "--out", str(tmp_path / "there")]) == 2
+    assert "steps/plain-seed1: this seed was begun on another and would go on here" in capsys.readouterr().err
+    assert kept.read_bytes() == before
+    assert ablate.main([*where, "--out", str(tmp_path / "there"), "--seeds", "2", "3"]) == 0
+    assert started("there") == {f"{arm}-seed{s}" for arm in ("base", "same", "smaller", "plain") for s in (2, 3)}
+    rows = json.loads(kept.read_text())["rows"]
+    assert [row for row in rows if row["seed"] == 1 and "same_as" not in row] == whole[:-1]
+    # With the whole seed of `steps` from there, `time` is made here from its first arm on: no run of it is another's.
+    kept.write_text(json.dumps(result | {"rows": [*rows, whole[-1]]}))
+    assert ablate.main([*where, "--out", str(tmp_path / "new")]) == 0
+    assert started("new") == {f"{arm}-seed1" for arm in ("base", "same", "smaller", "plain")}
+    assert not (tmp_path / "new/runs/steps").exists()
 
 
 PRICED = """
