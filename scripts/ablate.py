@@ -331,8 +331,8 @@ def execute(
     waiting = [run for run in runs if run.label not in finished]
     here, begun = slots[0]["rounding"], {(row["budget"], row["seed"]): rounding(row) for row in finished.values()}
     for run in waiting:
-        other = begun.get((run.budget, run.seed), here)
-        if other != here:
+        other = begun.get((run.budget, run.seed))
+        if other is not None and other != here:
             raise ConfigError(
                 f"{run.label}: this seed was begun on {', '.join(other)} and would go on here on {', '.join(here)}, "
                 "which rounds otherwise: go on there, leave the seed out with --seeds, or give another --keep and --out"
@@ -456,9 +456,10 @@ def read_kept(path: Path | None) -> list[dict[str, Any]]:
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        for row in rows:
-            row["budget"], row["arm"], row["seed"], row["train_s"] / row["steps"]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        missing = {"budget", "arm", "seed", "train_s", "steps", "machine"}.difference(*rows[:1])
+        if missing:
+            raise KeyError(*sorted(missing))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: {error!r}; expected a report that --keep wrote; give another file") from error
     return [row for row in rows if "same_as" not in row]
 

@@ -16,7 +16,7 @@ _MOST_RESIDENT_BYTES = 2_000_000_000
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Both workers, the processes that tests start and the next run of the tests share what was compiled: in pytest's cache.
+    """Workers, the processes that tests start and the next run of the tests share what was compiled, in pytest's cache.
 
     Compilation is most of the time of these tests, and many compile the same tiny models.
     """

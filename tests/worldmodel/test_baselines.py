@@ -9,7 +9,16 @@ import pytest
 from common.errors import ConfigError
 from tests.worldmodel.data.conftest import HEIGHT, WIDTH, write_set
 from worldmodel import ablate, baselines
-from worldmodel.ablate import VARIANTS, AblateConfig, ablation_lines, changed, interval_over_seeds, run_key
+from worldmodel.ablate import (
+    VARIANTS,
+    AblateConfig,
+    ablation_lines,
+    changed,
+    interval_over_seeds,
+    run_key,
+    summarised,
+    with_references,
+)
 from worldmodel.baselines import BaselinesConfig, placed, wanted
 from worldmodel.coinrun import load_profile
 from worldmodel.config import BlockConfig, FrameConfig, Profile, RolloutConfig, TrainConfig, from_dict, to_dict
@@ -37,7 +46,7 @@ def test_every_baseline_and_variant_of_every_profile_is_a_valid_stage(name, tmp_
             for part in field.split("."):
                 node = node[part]
             assert node == value
-        assert VARIANTS[variant.reference].reference == variant.reference
+        assert variant.reference in VARIANTS
 
 
 def test_what_a_baseline_needs_comes_first_and_wrong_names_are_named():
@@ -109,12 +118,31 @@ def test_the_leaderboard_holds_the_documents_and_nothing_else(tmp_path):
 def test_ablation_rows_are_paired_by_seed():
     reference = [world_document("maskgit", psnr) for psnr in (20.0, 22.0, 24.0)]
     better = [world_document("add", psnr) for psnr in (21.0, 23.0, 25.0)]
-    lines = ablation_lines({"maskgit": reference, "add": better}, AblateConfig())
-    row = next(line for line in lines if line.startswith("| action added"))
-    assert "23.00 ± 4.97 (+1.00 ± 0.00)" in row
+    tables = {"coinrun": summarised({"maskgit": reference, "add": better})}
+    kept = {"profile": "cpu", "step_share": 0.1, "seeds": 3, "tables": tables}
+    lines = ablation_lines(json.loads(json.dumps(kept)))
+    row = next(line for line in lines if line.startswith("| action added (against maskgit)"))
+    assert "23.00 ± 4.97 (**+1.00 ± 0.00**)" in row
+    assert any("10% of the preset's steps only" in line for line in lines)
+    claim = next(line for line in lines if line.startswith("- coinrun, MaskGIT: prepended"))
+    assert claim.endswith("changes PSNR at 15 by +1.00 ± 0.00 dB: **refuted**.")
+    tables["coinrun"]["variants"]["add"]["scores"]["PSNR at 15, dB"] = [19.0, 22.0, 24.5]
+    claims = [line for line in ablation_lines(kept) if line.startswith("- ")]
+    assert claims[0].endswith("by -0.17 ± 1.90 dB: **not shown, the interval holds 0**.")
+    tables["coinrun"]["variants"]["add"]["scores"]["PSNR at 15, dB"] = [19.0, 21.0, 23.0]
+    assert any(line.endswith("**confirmed**.") for line in ablation_lines(kept))
     mean, half = interval_over_seeds(np.asarray([1.0, 2.0, 3.0]))
     assert mean == 2.0
     assert half == pytest.approx(4.303 / np.sqrt(3))
+
+
+def test_variants_bring_what_they_are_compared_with():
+    assert with_references(["masking-all-add"]) == ["maskgit", "masking-all", "masking-all-add"]
+    assert with_references(VARIANTS) == list(VARIANTS)
+    with pytest.raises(ConfigError, match="no variant 'x'"):
+        with_references(["x"])
+    with pytest.raises(ConfigError, match="must differ"):
+        AblateConfig(data_dirs=("a/puck", "b/puck"))
 
 
 def tiny_profile() -> Profile:
@@ -166,7 +194,8 @@ def test_all_baselines_and_an_ablation_run_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "load_profile", lambda name: tiny_profile())
     monkeypatch.setattr(ablate, "METRICS", tuple(m for m in ablate.METRICS if "15" not in m[0]))
     table = ablate.run_ablate(
-        AblateConfig(run_dir=str(tmp_path / "ablate"), data_dir=str(data), only=("mamba2", "shortcut-1"), seeds=2)
+        AblateConfig(run_dir=str(tmp_path / "ablate"), data_dirs=(str(data),), only=("mamba2", "shortcut-1"), seeds=2)
     ).read_text()
     for name in ("maskgit", "mamba2", "shortcut", "shortcut-1"):
-        assert f"| {VARIANTS[name].title} |" in table
+        assert f"| {VARIANTS[name].title} " in table
+    assert "## data" in table
