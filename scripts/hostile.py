@@ -57,7 +57,7 @@ FORBIDDEN = (
 ODD_VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 8, 16, 255, 65536, 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 62, 1 << 63, 1 << 64,
     10**300, 0.0, -0.0, 1.5, 1e300, "", "w", "int", "fp8_e4m3", "bf16", "f32", "row", "tensor", "none", "raw", "brotli",
-    "lzma", "zstd", "rans", "cross",
+    "trellis", "lzma", "zstd", "rans", "cross",
     "pack1", "pack4", "pack8", "planes2", "planes4", "pack0", "\x00", "é" * 40, [], [[]], [0], [1, 1],
     [1 << 31] * 8, [0, 1 << 31], {}, {"a": 1}, [None] * 5,
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from common.artifact.container import encode_artifact, load_artifact, save_artif
 from common.errors import ArtifactError, CheckpointError, ConfigError
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import BF16_GRID, GridSpec, QuantizedTensor, quantize
-from common.quant.plan import ModelPlan, fit_budget, plan_model
+from common.quant.plan import ModelPlan, fit_model
 from worldmodel.config import TrainConfig, from_dict, to_dict
 from worldmodel.data.tokenize import tokenizer_sha256
 from worldmodel.fisher import matrix_rows
@@ -158,10 +158,8 @@ def fitted_plan(
     fitted = {name: layer for name, layer in statistics.items() if is_quantized(values[name])}
     specs = {name: GridSpec("int", 8) if is_quantized(value) else BF16_GRID for name, value in values.items()}
     budget_bytes = int(bits * sum(value.size for value in values.values()) / 8)
-    plan, _ = fit_budget(
-        lambda loss_nats: plan_model(values, fitted, specs, loss_nats, FITTED_RATE),
-        lambda plan: len(encode_artifact(plan.tensors, meta)),
-        budget_bytes,
+    plan, _ = fit_model(
+        values, fitted, specs, lambda plan: len(encode_artifact(plan.tensors, meta)), budget_bytes, rate=FITTED_RATE
     )
     return plan
 

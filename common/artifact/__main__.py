@@ -40,7 +40,7 @@ from common.errors import ArtifactError, GolfError
 from common.files import write_atomically
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import grid_rows, parse_grid_spec, rms_sigma
-from common.quant.plan import ModelPlan, fit_budget, plan_model
+from common.quant.plan import ModelPlan, fit_model, plan_model
 from common.report import folded, html_page, html_table, treemap_svg
 
 Rows = list[list[str]]
@@ -210,15 +210,17 @@ def fit_file(options: argparse.Namespace) -> None:
     specs = dict.fromkeys(weights, rest)
     budget_bytes = options.bytes - options.code_bytes
 
-    def make(loss_nats: float) -> ModelPlan:
-        return plan_model(weights, statistics, specs, loss_nats, options.rate)
-
     def size_of(plan: ModelPlan) -> int:
         return len(encode_artifact(plan.tensors, meta))
 
-    plan, points = fit_budget(make, size_of, budget_bytes, start_nats=options.start)
+    plan, points = fit_model(
+        weights, statistics, specs, size_of, budget_bytes, rate=options.rate, start_nats=options.start,
+        trellis=options.trellis,
+    )  # fmt: skip
     for factor in [2.0**power for power in range(-options.points, options.points + 1) if power]:
-        other = make(plan.loss_nats * factor)
+        other = plan_model(
+            weights, statistics, specs, plan.loss_nats * factor, options.rate, trellis=options.trellis
+        )
         points.append((other.loss_nats, size_of(other), sum(other.expected_nats.values())))
     data = encode_artifact(plan.tensors, meta)
     check_budget(len(data) + options.code_bytes, options.bytes)
@@ -273,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget.add_argument("--code-bytes", type=int, default=0, help="of the code that is counted with them")
     budget.add_argument("--rest", default="bf16", help="grid of tensors without statistics (%(default)s)")
     budget.add_argument("--rate", type=float, default=0.25, help="weight of the coder's cost in rounding (%(default)s)")
+    budget.add_argument("--trellis", action="store_true", help="on two interleaved grids: less loss, takes longer")
     budget.add_argument("--start", type=float, default=1e-9, help="loss a weight to begin with, nats (%(default)s)")
     budget.add_argument("--points", type=int, default=0, help="halvings and doublings of the loss to add to the curve")
     budget.add_argument("--bytes-per-token", type=float, default=0.0, help="of the text, for expected bpb")

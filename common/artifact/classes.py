@@ -51,7 +51,7 @@ _Spread = tuple[float, np.ndarray, np.ndarray, np.ndarray]
 
 def _log_spreads(q: QuantizedTensor) -> _Spread:
     """log2 of the root mean square of codes: of the tensor, of rows alone, and of rows and columns as a product."""
-    level_RC = (q.codes.astype(np.float32) if q.spec.kind == "int" else fp8_e4m3_values(q.codes)).reshape(
+    level_RC = (q.codes.astype(np.float32) if q.spec.holds_integers else fp8_e4m3_values(q.codes)).reshape(
         grid_rows(q.shape)
     )
     energy_RC = level_RC * level_RC + np.float32(0.05)  # a row of zeros has a spread too: next to nothing

@@ -30,6 +30,7 @@ from common.quant.bitpack import pack_codes, packed_size_bytes, unpack_codes
 from common.quant.grid import (
     F32_GRID,
     GRID_SCALE_MAX,
+    SMALL_CODE_KINDS,
     GridSpec,
     QuantizedTensor,
     dequantize,
@@ -130,7 +131,8 @@ def _bytes_to_values(raw: bytes, layout: str, count: int) -> np.ndarray:
 def _check_quantized(name: str, q: QuantizedTensor) -> None:
     """Refuse a tensor that no file may hold: wrong types or shapes, codes off the grid, unsound scales or values."""
     spec = q.spec
-    expected_dtype = {"int": np.int8, "fp8_e4m3": np.uint8, "bf16": np.uint16, "f32": np.float32}[spec.kind]
+    other_dtypes = {"fp8_e4m3": np.uint8, "bf16": np.uint16, "f32": np.float32}
+    expected_dtype = np.int8 if spec.holds_integers else other_dtypes[spec.kind]
     if q.codes.dtype != expected_dtype or q.codes.shape != tuple(q.shape):
         raise ArtifactError(
             f"tensor {name!r} has codes of {q.codes.dtype} {q.codes.shape}: "
@@ -147,7 +149,7 @@ def _check_quantized(name: str, q: QuantizedTensor) -> None:
             raise ArtifactError(f"tensor {name!r} has a scale that is NaN, negative or above {GRID_SCALE_MAX:g}")
         if spec.scale_dtype == "bf16" and not np.array_equal(round_to_bf16(q.scales), q.scales):
             raise ArtifactError(f"tensor {name!r} has a scale that is not a bf16 value, as its grid {spec.label} says")
-    if spec.kind == "int":
+    if spec.holds_integers:
         sound = q.codes.size == 0 or (int(q.codes.max()) <= spec.qmax and int(q.codes.min()) >= -spec.qmax)
         fault = f"a code outside -{spec.qmax}..{spec.qmax}"
     else:
@@ -164,7 +166,7 @@ def _check_quantized(name: str, q: QuantizedTensor) -> None:
 
 def _codes_to_words(q: QuantizedTensor) -> np.ndarray:
     """Codes as the unsigned values that a stream holds, one axis."""
-    if q.spec.kind == "int":
+    if q.spec.holds_integers:
         return (q.codes.reshape(-1) + np.int8(q.spec.qmax)).view(np.uint8)  # modulo 256: 0..2*qmax
     if q.spec.kind == "f32":
         return np.ascontiguousarray(q.codes).reshape(-1).view(np.uint32)
@@ -172,7 +174,7 @@ def _codes_to_words(q: QuantizedTensor) -> np.ndarray:
 
 
 def _words_to_codes(name: str, words: np.ndarray, shape: tuple[int, ...], spec: GridSpec) -> np.ndarray:
-    if spec.kind == "int":
+    if spec.holds_integers:
         if words.size and int(words.max()) > 2 * spec.qmax:
             raise ArtifactError(f"tensor {name!r} on grid {spec.label} holds the code {int(words.max()) - spec.qmax}")
         words = words.view(np.int8) - np.int8(spec.qmax)
@@ -358,7 +360,7 @@ def encode_artifact(
         stored = None
         if "rans" in codecs:
             contexts = None
-            if key[0] == "codes" and key[1] in ("int", "fp8_e4m3"):
+            if key[0] == "codes" and key[1] in SMALL_CODE_KINDS:
                 own = choose_classes([quantized[name] for name in plan.tensors])
                 classes |= dict(zip(plan.tensors, own, strict=True))
                 contexts = _contexts([(quantized[name].shape, *classes[name]) for name in plan.tensors])
@@ -584,7 +586,7 @@ def _parse_tensors(
         if type(grid) is not int or not 0 <= grid < len(grids):
             raise ArtifactError(f"tensor {name!r} is on grid {grid!r:.40}, but there are {len(grids)}")
         spec = grids[grid]
-        if spec.kind == "int":
+        if spec.holds_integers:
             code_layouts = [f"pack{bits}" for bits in range(spec.bits, 9)]
         else:
             code_layouts = {"fp8_e4m3": ["pack8"], "bf16": ["planes2"], "f32": ["planes4"]}[spec.kind]
@@ -603,7 +605,7 @@ def _parse_tensors(
         if form not in CLASS_FORMS:
             raise ArtifactError(f"tensor {name!r} has classes of the form {form!r:.40}: use {', '.join(CLASS_FORMS)}")
         if form != "none":
-            if spec.kind not in ("int", "fp8_e4m3") or streams[code_stream].codec != "rans":
+            if spec.kind not in SMALL_CODE_KINDS or streams[code_stream].codec != "rans":
                 raise ArtifactError(f"tensor {name!r} has classes, but its codes are not small numbers coded by rans")
             what = f"the classes of tensor {name!r}"
             count = class_count(shape, form)

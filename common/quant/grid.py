@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import ArtifactError, ConfigError
+from common.quant.trellis import trellis_halves
 
-GRID_KINDS = ("int", "fp8_e4m3", "bf16", "f32")
+GRID_KINDS = ("int", "trellis", "fp8_e4m3", "bf16", "f32")
+SMALL_CODE_KINDS = ("int", "trellis", "fp8_e4m3")  # codes of a byte, which an entropy coder takes one by one
 GRID_SCALES = ("row", "tensor", "cross", "none")
 GRID_SCALE_DTYPES = ("bf16", "f32")
 
@@ -34,7 +36,9 @@ FP8_E4M3_MAX = 448.0
 BF16_MAX = float(np.uint32(0x7F7F0000).view(np.float32))
 
 # What GridSpec(kind) alone means: bits and scale.
-_GRID_KIND_DEFAULTS = {"int": (4, "row"), "fp8_e4m3": (8, "row"), "bf16": (16, "none"), "f32": (32, "none")}
+_GRID_KIND_DEFAULTS = {
+    "int": (4, "row"), "trellis": (8, "row"), "fp8_e4m3": (8, "row"), "bf16": (16, "none"), "f32": (32, "none"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,14 @@ class GridSpec:
     """Which values a tensor may take in storage, and how its scale is found.
 
     Args:
-        kind: "int": symmetric integers -qmax..qmax, qmax = 2**(bits-1) - 1, times a scale; "fp8_e4m3": 8-bit floats
-            (4 exponent bits, 3 mantissa bits, no infinity) times a scale; "bf16" and "f32": that type itself.
+        kind: "int": symmetric integers -qmax..qmax, qmax = 2**(bits-1) - 1, times a scale; "trellis": such integers, to
+            which the path of the row adds 0 or 1/2 (trellis.py), times a scale; "fp8_e4m3": 8-bit floats (4 exponent
+            bits, 3 mantissa bits, no infinity) times a scale; "bf16" and "f32": that type itself.
         bits: nominal width of a code: 2..8 for "int", else 8, 16, 32; 0 becomes 4 for "int", else the kind's width. The
             entropy coder decides what a code costs; the step, scale / sigma, decides size and loss.
         scale: "row" (one scale for each index of the first axis), "tensor" (one), "cross" (one for each row and one for
-            each column, the step is their product; "int" only), or "none" (codes are the values); "" becomes "none" for
-            "bf16" and "f32", else "row".
+            each column, the step is their product; "int" and "trellis" only), or "none" (codes are the values); ""
+            becomes "none" for "bf16" and "f32", else "row".
         scale_dtype: type in which scales are stored, and to which they are rounded before they are used.
         clip: None: the largest magnitude of the row maps to the largest code. c > 0: c times the row's sigma does,
             larger weights saturate; sigma is the root mean square. The step is then clip / qmax sigmas: any step can
@@ -79,12 +84,12 @@ class GridSpec:
         if self.kind == "int":
             if not 2 <= self.bits <= 8:
                 raise ConfigError(f"an integer grid of {self.bits} bits is not supported: use 2 to 8")
-            if self.scale == "none":
-                raise ConfigError("an integer grid needs a scale: use scale='row' or scale='tensor'")
-        elif self.scale == "cross":
+        elif self.scale == "cross" and self.kind != "trellis":
             raise ConfigError(f"scale='cross' is for integer grids only, got kind {self.kind!r}")
         elif self.bits != kind_bits:
             raise ConfigError(f"grid kind {self.kind!r} has {kind_bits} bits, got {self.bits}")
+        if self.holds_integers and self.scale == "none":
+            raise ConfigError("an integer grid needs a scale: use scale='row' or scale='tensor'")
         if self.kind in ("bf16", "f32") and self.scale != "none":
             raise ConfigError(f"grid kind {self.kind!r} has no scale: use scale='none', got {self.scale!r}")
         if self.clip is not None:
@@ -95,16 +100,24 @@ class GridSpec:
             object.__setattr__(self, "clip", float(self.clip))
 
     @property
+    def holds_integers(self) -> bool:
+        """Whether codes are integers in -qmax..qmax."""
+        return self.kind in ("int", "trellis")
+
+    @property
     def qmax(self) -> int:
         """Largest code of an integer grid."""
         return 2 ** (self.bits - 1) - 1
 
     @property
     def label(self) -> str:
-        """Short text for tables, read back by parse_grid_spec: "int4", "int6/clip12.85", "fp8/none", "bf16"."""
+        """Short text for tables, read back by parse_grid_spec: "int4", "int6/clip12.85", "fp8/none", "bf16".
+
+        "trellis8/cross" is not: no rule rounds a single weight onto it.
+        """
         if self.kind in ("bf16", "f32"):
             return self.kind
-        parts = [f"int{self.bits}" if self.kind == "int" else "fp8"]
+        parts = [f"{self.kind}{self.bits}" if self.holds_integers else "fp8"]
         if self.scale != "row":
             parts.append(self.scale)
         if self.scale != "none" and self.scale_dtype != "bf16":
@@ -165,8 +178,8 @@ class QuantizedTensor:
 
     Args:
         spec: its grid.
-        codes: of `shape`. "int": int8 in -qmax..qmax. "fp8_e4m3": uint8 bit patterns. "bf16": uint16 bit patterns.
-            "f32": float32 values.
+        codes: of `shape`. "int", "trellis": int8 in -qmax..qmax. "fp8_e4m3": uint8 bit patterns. "bf16": uint16 bit
+            patterns. "f32": float32 values.
         scales: float32, each exact in spec.scale_dtype: (R,) for "row", (1,) for "tensor", (R + C,) for "cross" (rows,
             then columns), (0,) for "none".
         shape: of the tensor.
@@ -291,9 +304,7 @@ def scale_factors(scales: np.ndarray, shape: tuple[int, ...], spec: GridSpec) ->
     return [scales[:n_rows, None], scales[None, n_rows:]]
 
 
-def quantize(
-    w: np.ndarray, spec: GridSpec, name: str = "tensor", scales: np.ndarray | None = None
-) -> QuantizedTensor:
+def quantize(w: np.ndarray, spec: GridSpec, name: str = "tensor", scales: np.ndarray | None = None) -> QuantizedTensor:
     """Put a tensor on its grid.
 
     Source: symmetric absmax quantization, q = clip(round(w / s), -qmax, qmax). Ours differs from the usual code in
@@ -311,12 +322,15 @@ def quantize(
     Raises:
         ArtifactError: w holds NaN or infinity, or is not of a float type; scales are of another number or not exact in
             their stored type.
+        ConfigError: the grid is "trellis".
 
     Numerics: float32 division, rounding half to even. Integer codes of an all-zero row are 0 with scale
     GRID_SCALE_MIN. Rows whose maximum is below qmax * GRID_SCALE_MIN use that same scale; weights beyond qmax *
     GRID_SCALE_MAX saturate.
     """
     w = np.asarray(w)
+    if spec.kind == "trellis":
+        raise ConfigError(f"{name!r} on grid {spec.label}: a code depends on its row's; plan.plan_model finds them")
     if w.dtype.kind != "f":
         raise ArtifactError(f"{name!r} has dtype {w.dtype}: only float tensors can be quantized")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused below
@@ -356,15 +370,20 @@ def quantize(
 
 
 def dequantize(q: QuantizedTensor) -> np.ndarray:
-    """Values of a quantized tensor: code times scale (of the row, then of the column) in float32, of q.shape."""
+    """Values of a quantized tensor: code times scale (of the row, then of the column) in float32, of q.shape.
+
+    On a "trellis" grid 0 or 1/2 is added to the code first, exactly.
+    """
     if q.spec.kind == "f32":
         return q.codes.astype(np.float32, copy=True).reshape(q.shape)
     if q.spec.kind == "bf16":
         return (q.codes.astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(q.shape)
-    values = q.codes.astype(np.float32) if q.spec.kind == "int" else fp8_e4m3_values(q.codes)
+    values = q.codes.astype(np.float32) if q.spec.holds_integers else fp8_e4m3_values(q.codes)
     if q.spec.scale == "none":
         return values.reshape(q.shape)
     values_RC = values.reshape(grid_rows(q.shape))
+    if q.spec.kind == "trellis":
+        values_RC += trellis_halves(q.codes.reshape(values_RC.shape))
     for factor in scale_factors(q.scales, q.shape, q.spec):
         values_RC *= factor
     return values_RC.reshape(q.shape)

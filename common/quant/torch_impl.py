@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.errors import ConfigError
 from common.quant.grid import BF16_MAX, FP8_E4M3_MAX, GRID_SCALE_MAX, GRID_SCALE_MIN, GridSpec, grid_rows
 
 
@@ -61,6 +62,8 @@ def _scale_factors_torch(scales: Tensor, n_rows: int, spec: GridSpec) -> list[Te
 
 def _grid_codes_torch(w: Tensor, spec: GridSpec, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes (int: float32 whole numbers; fp8: float8_e4m3fn; bf16: bfloat16; f32: float32) in rows, and scales."""
+    if spec.kind == "trellis":
+        raise ConfigError(f"grid {spec.label}: a code depends on its row's, there is none for training to snap to")
     w_RC = w.detach().float().reshape(grid_rows(tuple(w.shape)))
     if scales is None:
         scales = grid_scales_torch(w_RC, spec)

@@ -6,7 +6,7 @@ Every row starts from the same float weights (the masters of the run's newest ch
 in memory and is scored on the same validation tokens; `loss` is the difference to the float weights' own score. Rows:
 the seed document's quantizer (absmax int4, unscaled e4m3 embedding) with brotli; int6 at 12.85 sigma and int5 at 5
 sigma by GPTQ with brotli, embedding int8 by GPTQ, as the challenge's records store theirs; and free steps with our
-coder at a few sizes. Statistics come from training text.
+coder at a few sizes, on uniform grids (`ours`) and on a trellis. Statistics come from training text.
 
     python scripts/bench bytes --synthetic
 
@@ -36,7 +36,7 @@ from common.errors import DataError, GolfError
 from common.files import write_atomically
 from common.quant.gptq import Elimination, LayerStatistics, eliminate, gptq_codes
 from common.quant.grid import FP8_UNSCALED_GRID, GridSpec, QuantizedTensor, dequantize, quantize
-from common.quant.plan import fit_budget, plan_model
+from common.quant.plan import fit_model
 from common.text.bpb import bits_per_byte, byte_table, token_bytes
 from common.text.loader import TokenLoader
 from common.text.shards import list_shards
@@ -162,18 +162,21 @@ class Bench:
             self.measure("int5 5 sigma GPTQ, brotli", with_gptq(GridSpec("int", 5, clip=5.0)), BROTLI),
         ]
 
-    def ours(self, budget_bytes: int, rate: float) -> dict:
+    def ours(self, budget_bytes: int, rate: float, trellis: bool) -> dict:
         """Free steps that fill a budget."""
-        plan, _ = fit_budget(
-            lambda loss_nats: plan_model(self.weights, self.statistics, self.rest, loss_nats, rate),
-            lambda plan: len(encode_artifact(plan.tensors, {})),
-            budget_bytes,
-        )
+        started_s = time.process_time()
+        plan, _ = fit_model(
+            self.weights, self.statistics, self.rest, lambda plan: len(encode_artifact(plan.tensors, {})),
+            budget_bytes, rate=rate, trellis=trellis,
+        )  # fmt: skip
+        fit_cpu_s = time.process_time() - started_s
         expected_nats = sum(plan.expected_nats.values())
-        row = self.measure(f"ours, budget {budget_bytes:,}", plan.tensors, None)
+        row = self.measure(f"{'trellis' if trellis else 'ours'}, budget {budget_bytes:,}", plan.tensors, None)
         share = row["bytes"] / budget_bytes
         expected_bpb = expected_nats * (len(self.tokens) - 1) / self.scored_bytes / math.log(2)
-        return row | {"budget_bytes": budget_bytes, "budget_share": share, "expected_loss_bpb": expected_bpb}
+        return row | {"budget_bytes": budget_bytes, "budget_share": share, "expected_loss_bpb": expected_bpb} | {
+            "fit_cpu_s": fit_cpu_s
+        }
 
 
 def synthetic_state(seed: int = 0) -> dict[str, QuantizedTensor]:
@@ -246,6 +249,21 @@ def summary_lines(others: Sequence[dict], ours: Sequence[dict]) -> list[str]:
     return lines
 
 
+def trellis_lines(ours: Sequence[dict], trellis: Sequence[dict]) -> list[str]:
+    """What a trellis is worth at the bytes of its rows, by expected loss: that has no noise of the text scored."""
+    curve = sorted((row["bytes"], math.log(row["expected_loss_bpb"])) for row in ours)
+    sizes, logs = zip(*curve, strict=True)
+    shares = [
+        row["expected_loss_bpb"] / math.exp(np.interp(row["bytes"], sizes, logs)) - 1
+        for row in trellis if sizes[0] <= row["bytes"] <= sizes[-1]
+    ]  # fmt: skip
+    seconds = sum(row["fit_cpu_s"] for row in trellis) / sum(row["fit_cpu_s"] for row in ours)
+    return [
+        f"trellis: expected loss {min(shares):+.1%} to {max(shares):+.1%} at equal bytes, {seconds:.1f} times the CPU "
+        "seconds to fit a budget"
+    ] if shares else []
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser("python scripts/bench bytes", description=(__doc__ or "").split("\n")[0])
@@ -266,23 +284,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(options.run, options.data, options.tokens, options.statistics_tokens)
         others = bench.others()
         smallest = min(row["bytes"] for row in others)
-        ours = [bench.ours(round(share * smallest), options.rate) for share in SHARES]
+        budgets = [round(share * smallest) for share in SHARES]
+        ours, trellis = ([bench.ours(size, options.rate, on) for size in budgets] for on in (False, True))
     except GolfError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     cells = [["row", "bytes", "bits/weight", "loss, bpb", "expected"]]
-    for row in [*others, *ours]:
+    for row in [*others, *ours, *trellis]:
         expected = f"{row['expected_loss_bpb']:+.5f}" if "expected_loss_bpb" in row else "-"
         size = f"{row['bits_per_weight']:.3f}"
         cells.append([row["row"], f"{row['bytes']:,}", size, f"{row['loss_bpb']:+.5f}", expected])
-    lines = summary_lines(others, ours)
+    lines = [*summary_lines(others, ours), *trellis_lines(ours, trellis)]
     print(f"float weights: {bench.float_bpb:.5f} bpb over {len(bench.tokens) - 1:,} tokens")
     print(format_text_table(cells, left_columns=1))
     print("\n".join(lines))
     if options.out:
         record = {
             "float_bpb": bench.float_bpb, "tokens": len(bench.tokens) - 1, "scored_bytes": bench.scored_bytes,
-            "weights": sum(w.size for w in bench.weights.values()), "rows": [*others, *ours], "summary": lines,
+            "weights": sum(w.size for w in bench.weights.values()), "rows": [*others, *ours, *trellis],
+            "summary": lines,
         }  # fmt: skip
         write_atomically(options.out, json.dumps(record, indent=1).encode() + b"\n")
     return 0

@@ -79,7 +79,7 @@ from common.optim.muon import NEWTON_SCHULZ_POLYNOMIALS, Muon, newton_schulz_tor
 from common.optim.triton_impl import newton_schulz_triton
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import GridSpec, QuantizedTensor, dequantize
-from common.quant.plan import FREE_STEP_GRID, ModelPlan, TrainedSteps, fit_budget, plan_model
+from common.quant.plan import FREE_STEP_GRID, ModelPlan, TrainedSteps, fit_model
 from common.quant.torch_impl import fake_quantize_torch, quantize_torch
 from common.quant.triton_impl import FakeQuantizeAll
 from common.relu2_ffn.torch_impl import relu2_ffn_torch
@@ -235,6 +235,7 @@ class Config:
     qat_fraction: float = option(1.0, "last fraction of the run that trains on the quantized grid")
     free_steps: bool = option(False, "ship matrices and embedding on steps chosen to fill artifact_bytes")
     free_qat_fraction: float = option(0.0, "last fraction of the run that trains on those steps; 0: chosen at the end")
+    trellis: bool = option(False, "with free_steps, ship on two interleaved grids: less loss, takes longer")
     artifact_bytes: int = option(0, "size of the artifact with free_steps; 0: budget_bytes less this code")
     statistics_tokens: int = option(65536, "training tokens that show what a rounding error costs")
     rate: float = option(0.25, "weight of the entropy coder's cost in rounding with free_steps")
@@ -434,6 +435,7 @@ def check_config(config: Config) -> None:
         (not c.clock_from or c.max_wallclock_seconds > 0, "clock_from needs the max_wallclock_seconds of that run"),
         (c.warmdown_by != "time" or c.max_wallclock_seconds > 0, "warmdown_by=time needs max_wallclock_seconds"),
         (c.warmdown_fraction <= 1 and c.qat_fraction <= 1 and c.ema_start_fraction <= 1, "fractions lie in [0, 1]"),
+        (c.free_steps or not c.trellis, "trellis needs free_steps"),
         (c.free_qat_fraction <= c.qat_fraction, "free_qat_fraction may not exceed qat_fraction"),
         (c.ema_decay < 1 and c.muon_momentum < 1, "ema_decay and muon_momentum lie below 1"),
         (bool(c.modes()) and set(c.modes()) <= set(EVAL_MODES), f"eval_modes are of {', '.join(EVAL_MODES)}"),
@@ -2777,9 +2779,12 @@ class Trainer:
             return layer_statistics(self.model.lm, x_BT[:rows], y_BT[:rows], documents_BT[:rows], micro, self.ranks)
 
     def plan(
-        self, statistics: Mapping[str, LayerStatistics], tokenizer: Tokenizer, budget_bytes: int
+        self, statistics: Mapping[str, LayerStatistics], tokenizer: Tokenizer, budget_bytes: int, to_ship: bool
     ) -> tuple[ModelPlan, list[tuple[float, int, float]]]:
-        """Free steps and codes that fill budget_bytes, from the weights that would ship (moving average included)."""
+        """Free steps and codes that fill budget_bytes, from the weights that would ship (moving average included).
+
+        Codes of a trellis only `to_ship`: training has use for the steps, which a trellis shares with a uniform grid.
+        """
         masters, c = self.masters, self.config
         weights = {
             name.removeprefix("lm."): masters.shipped()[name].detach().cpu().float().numpy() for name in masters.spec
@@ -2787,11 +2792,16 @@ class Trainer:
         specs = {name.removeprefix("lm."): spec for name, spec in masters.spec.items()}
         meta = artifact_meta(c, tokenizer, 0.99)
         trained = masters.trained_steps()
-        return fit_budget(
-            lambda loss_nats: plan_model(weights, statistics, specs, loss_nats, c.rate, trained),
+        return fit_model(
+            weights,
+            statistics,
+            specs,
             lambda plan: len(encode_artifact(plan.tensors, meta)),
             budget_bytes,
+            rate=c.rate,
             start_nats=masters.steps_nats or 1e-9,
+            trained=trained,
+            trellis=c.trellis and to_ship,
         )
 
 
@@ -2971,7 +2981,8 @@ class Run:
         """What comes after the last step, for its time: nothing of it is kept."""
         if self.config.free_steps:
             batches = [prefetcher.next() for _ in range(self.statistics_batches())]
-            self.trainer.plan(self.trainer.statistics(batches), self.tokenizer, self.artifact_budget_bytes())
+            statistics = self.trainer.statistics(batches)
+            self.trainer.plan(statistics, self.tokenizer, self.artifact_budget_bytes(), to_ship=True)
         if self.config.temp_scaling:
             self.trainer.temperature([prefetcher.next() for _ in range(self.trainer.calibration_batches())])
 
@@ -2982,7 +2993,7 @@ class Run:
             self.loader_state = batches[-1].loader_state  # a resumed run goes on behind them, as this one does
         statistics = self.trainer.statistics(batches)
         budget_bytes = self.artifact_budget_bytes()
-        plan, points = self.trainer.plan(statistics, self.tokenizer, budget_bytes)
+        plan, points = self.trainer.plan(statistics, self.tokenizer, budget_bytes, to_ship=keep)
         size = max(point[1] for point in points if point[0] == plan.loss_nats)
         expected = sum(plan.expected_nats.values())
         self.folder.text(

@@ -179,8 +179,17 @@ def mini_read(data: bytes) -> tuple[dict[str, np.ndarray], dict]:
         kind, bits, scale, scale_dtype, _ = header["grids"][grid]
         n = product(shape)
         words, queues[code_stream] = queues[code_stream][:n], queues[code_stream][n:]
+        rows = shape[0] if len(shape) >= 2 else 1
+        columns = product(shape) // rows if rows else 0
         if kind == "int":
             codes = [word - (2 ** (bits - 1) - 1) for word in words]
+        elif kind == "trellis":
+            codes, state, after = [], 0, {0: (0, 5, 1, 6, 2, 4, 3, 7), 1: (2, 7, 3, 4, 0, 6, 1, 5)}
+            for at, word in enumerate(words):
+                if at % columns == 0:
+                    state = 0
+                codes.append(word - 127 + 0.5 * (state % 2))
+                state = after[(word - 127) % 2][state]
         elif kind == "fp8_e4m3":
             codes = [e4m3(word) for word in words]
         else:
@@ -188,8 +197,6 @@ def mini_read(data: bytes) -> tuple[dict[str, np.ndarray], dict]:
         if scale == "none":
             values = np.array(codes, np.float32)
         else:
-            rows = shape[0] if len(shape) >= 2 else 1
-            columns = product(shape) // rows if rows else 0
             n_scales = {"row": rows, "tensor": 1, "cross": rows + columns}[scale]
             scales, queues[scale_stream] = queues[scale_stream][:n_scales], queues[scale_stream][n_scales:]
             scales = [float_of_bits(word << 16 if scale_dtype == "bf16" else word) for word in scales]
@@ -214,7 +221,8 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
 @pytest.mark.parametrize(
-    "name,codecs", [("zstd", {"zstd"}), ("general", {"raw", "brotli", "lzma"}), ("rans", {"rans"})]
+    "name,codecs",
+    [("zstd", {"zstd"}), ("general", {"raw", "brotli", "lzma"}), ("rans", {"rans"}), ("trellis", {"rans"})],
 )
 def test_golden_files_read_as_committed_and_so_does_the_mini_reader(name, codecs):
     """The files were written once; no later version may read other values from them."""

@@ -22,6 +22,7 @@ from common.artifact.entropy import compress_stream
 from common.errors import ArtifactError
 from common.quant.grid import GridSpec, quantize
 from scripts.hostile import damage, mutate_tree
+from tests.common.artifact.conftest import GOLDEN
 
 ROOT = Path(__file__).resolve().parents[3]
 PREFIX_BYTES, DIGEST_BYTES = 26, 16
@@ -41,7 +42,7 @@ def seeds_of_the_fuzzer(tensors, meta) -> list[bytes]:
     weights = np.random.default_rng(0).standard_normal((4, 9))
     small = {"w": quantize(weights, GridSpec(bits=5)), "x": np.ones(3, np.float32)}
     sound = [encode_artifact(tensors, meta, (codec,)) for codec in STREAM_CODECS]
-    return [*sound, encode_artifact(small, {}, ("raw",))]
+    return [*sound, encode_artifact(small, {}, ("raw",)), (GOLDEN / "trellis.artifact").read_bytes()]
 
 
 def run_campaign(n_files: int, seed: int, sound: list[bytes], seal, canonical) -> Counter:

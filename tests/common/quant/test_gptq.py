@@ -6,12 +6,23 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from common.artifact.container import encode_artifact
+from common.artifact.container import encode_artifact, load_artifact, save_artifact
 from common.errors import ArtifactError, ConfigError
-from common.quant.gptq import LayerStatistics, eliminate, gptq_codes, plan_scales
-from common.quant.grid import BF16_GRID, QuantizedTensor, dequantize
-from common.quant.plan import FREE_STEP_GRID, TrainedSteps, expected_increase, fit_budget, plan_model
+from common.quant.gptq import LayerStatistics, eliminate, gptq_codes, plan_scales, trellis_codes
+from common.quant.grid import BF16_GRID, GridSpec, QuantizedTensor, dequantize, quantize
+from common.quant.plan import (
+    FREE_STEP_GRID,
+    TRELLIS_GRID,
+    TrainedSteps,
+    expected_increase,
+    fit_budget,
+    fit_model,
+    plan_model,
+)
+from common.quant.torch_impl import fake_quantize_torch
+from common.quant.trellis import TRELLIS_NEXT, trellis_halves
 
 
 def layer(rows: int, columns: int, seed: int = 0, correlation: float = 0.8) -> tuple[np.ndarray, LayerStatistics]:
@@ -161,3 +172,114 @@ def test_statistics_of_another_shape():
     weights, statistics, specs = model()
     with pytest.raises(ConfigError, match="statistics are for"):
         plan_model(weights | {"blocks.0.w": np.ones((2, 2), np.float32)}, statistics, specs, 1e-9, 0.0)
+
+
+def halves_by_hand(codes_RC: np.ndarray) -> np.ndarray:
+    """The machine as FORMAT.md draws it."""
+    even, odd = (0, 5, 1, 6, 2, 4, 3, 7), (2, 7, 3, 4, 0, 6, 1, 5)
+    out = []
+    for row in codes_RC.tolist():
+        state = 0
+        for code in row:
+            out.append(0.5 * (state % 2))
+            state = (odd if code % 2 else even)[state]
+    return np.array(out).reshape(codes_RC.shape)
+
+
+def test_halves_are_those_of_the_format():
+    codes = np.random.default_rng(0).integers(-127, 128, (9, 40)).astype(np.int8)
+    np.testing.assert_array_equal(trellis_halves(codes), halves_by_hand(codes))
+    assert trellis_halves(np.zeros((0, 3), np.int8)).shape == (0, 3)
+    assert trellis_halves(np.zeros((3, 0), np.int8)).shape == (3, 0)
+    # Eight states, two ways into each, and every pair of ways out apart by a parity.
+    assert sorted(TRELLIS_NEXT.ravel().tolist()) == sorted([*range(8)] * 2)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.7])
+def test_the_path_is_the_best_of_all_where_no_column_makes_up_for_another(rate):
+    """Over all 5^5 rows of codes; a diagonal H, whose columns differ in weight."""
+    rng = np.random.default_rng(1)
+    w = (0.03 * rng.standard_normal((6, 5))).astype(np.float32)
+    weight_C = np.exp2(rng.standard_normal(5))
+    found = eliminate(np.diag(weight_C), damping=0.0, ordered=False)
+    row_R, column_C = np.full(6, 0.05, np.float32), np.exp2(np.arange(5) / 4 - 0.5).astype(np.float32)
+    codes = trellis_codes(w, row_R, column_C, 127, found, rate)
+    every = np.array(list(itertools.product(range(-2, 3), repeat=5)), np.int8)
+    step = row_R[0].astype(np.float64) * column_C
+    values = (every + halves_by_hand(every)) * step
+    for row in range(6):
+        price = rate / 12 * (step / np.sqrt(np.mean(np.square(w[row].astype(np.float64))))) ** 2
+        loss = (weight_C * (np.square(values - w[row]) + price * np.square(values))).sum(axis=1)
+        ours = (codes[row] + halves_by_hand(codes[row : row + 1])[0]) * step
+        own = (weight_C * (np.square(ours - w[row]) + price * np.square(ours))).sum()
+        assert own == pytest.approx(loss.min(), rel=1e-6)
+
+
+def bits_and_error(codes, values, w):
+    counts = np.unique(codes, return_counts=True)[1]
+    return float((counts * np.log2(codes.size / counts)).sum()) / codes.size, float(np.square(values - w).mean())
+
+
+@pytest.mark.parametrize("step,gain_db", [(0.2, 0.95), (0.5, 0.95), (1.0, 0.7)])
+def test_a_trellis_gains_a_decibel_over_a_uniform_grid_at_equal_bits(step, gain_db):
+    """Marcellin and Fischer have 1.1 dB for eight states; six decibels are a bit."""
+    w = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    found = eliminate(np.eye(128), damping=0.0, ordered=False)
+    row_R, column_C = np.full(128, step, np.float32), np.ones(128, np.float32)
+    uniform, path = (find(w, row_R, column_C, 127, found, 0.5) for find in (gptq_codes, trellis_codes))
+    bits, error = bits_and_error(path, (path + trellis_halves(path)) * step, w)
+    uniform_bits, uniform_error = bits_and_error(uniform, uniform * step, w)
+    assert 10 * np.log10(uniform_error / error) - 6.02 * (bits - uniform_bits) > gain_db
+
+
+def test_a_trellis_feeds_errors_back_and_rows_are_apart(monkeypatch):
+    w, statistics = layer(40, 48, correlation=2.0)
+    found = eliminate(statistics.hessian_CC, ordered=False)
+    row_R, column_C = plan_scales(w, statistics, 1e-9, found, 127)
+    fed = trellis_codes(w, row_R, column_C, 127, found, 0.25)
+    apart = eliminate(np.diag(np.diag(statistics.hessian_CC)), ordered=False)
+    alone = trellis_codes(w, row_R, column_C, 127, apart, 0.25)
+    step = row_R[:, None] * column_C
+
+    def loss(codes_RC):
+        error = (codes_RC + trellis_halves(codes_RC)) * step - w
+        return float(statistics.sensitivity_R @ ((error @ statistics.hessian_CC) * error).sum(axis=1))
+
+    assert loss(fed) < 0.5 * loss(alone)
+    uniform = gptq_codes(w, row_R, column_C, 127, found, 0.25) * step - w
+    assert loss(fed) < 0.9 * float(statistics.sensitivity_R @ ((uniform @ statistics.hessian_CC) * uniform).sum(axis=1))
+    monkeypatch.setattr("common.quant.gptq.TRELLIS_ROWS", 7)
+    monkeypatch.setattr("common.quant.gptq.TRELLIS_BLOCK", 5)
+    np.testing.assert_array_equal(trellis_codes(w, row_R, column_C, 127, found, 0.25), fed)
+
+
+def test_a_trellis_fills_its_budget_with_less_loss_and_comes_back(tmp_path):
+    weights, statistics, specs = model()
+    budget_bytes = int(0.75 * 3 * 96 * 80 * 5.2 / 8)
+
+    def size_of(plan):
+        return len(encode_artifact(plan.tensors, {}, ("raw", "rans")))
+
+    plans = {}
+    for trellis in (False, True):
+        plan, points = fit_model(weights, statistics, specs, size_of, budget_bytes, rate=0.25, trellis=trellis)
+        assert 0.995 * budget_bytes <= size_of(plan) <= budget_bytes
+        plans[trellis] = sum(plan.expected_nats.values())
+    assert len(points) <= 6  # begun where the uniform grids end
+    assert plans[True] < 0.96 * plans[False]  # rows of less than 2 bits gain little
+    save_artifact(tmp_path / "trellis.artifact", plan.tensors, {})
+    loaded, _ = load_artifact(tmp_path / "trellis.artifact")
+    for name, q in plan.tensors.items():
+        np.testing.assert_array_equal(loaded[name], dequantize(q))
+    assert plan.tensors["blocks.0.w"].spec == TRELLIS_GRID
+    assert TRELLIS_GRID.label == "trellis8/cross"
+
+
+def test_a_single_weight_has_no_place_on_a_trellis():
+    with pytest.raises(ConfigError, match=r"plan\.plan_model finds them"):
+        quantize(np.ones((2, 2), np.float32), TRELLIS_GRID)
+    with pytest.raises(ConfigError, match="none for training to snap to"):
+        fake_quantize_torch(torch.ones(2, 2), TRELLIS_GRID)
+    for options in ({"bits": 7}, {"scale": "none"}, {"clip": 2.0}):
+        with pytest.raises(ConfigError):
+            GridSpec("trellis", **options)

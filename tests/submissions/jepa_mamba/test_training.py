@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from common.artifact.container import load_artifact, save_artifact
 from common.errors import CheckpointError, ConfigError, StorageError, TrainingError
-from common.quant.plan import plan_model
+from common.quant.plan import FREE_STEP_GRID, TRELLIS_GRID, plan_model
 from common.softcap_xent.torch_impl import softcap_torch
 from common.text.tokenizer import load_tokenizer
 from submissions.jepa_mamba import train_gpt
@@ -121,8 +121,9 @@ def test_training_export_and_scoring_hold_the_same_weights_bit_for_bit(bits: int
     assert len(codes) <= 2**bits - 1
 
 
-def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: Path) -> None:
-    free = {"free_steps": True, "statistics_tokens": 512, "model_dim": 64, "headdim": 32}
+@pytest.mark.parametrize("trellis", [False, True])
+def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: Path, trellis: bool) -> None:
+    free = {"free_steps": True, "trellis": trellis, "statistics_tokens": 512, "model_dim": 64, "headdim": 32}
     config = tiny(**EVERYTHING, **free, ema_start_fraction=0.0)
     trainer, tokenizer = Trainer(config, KERNELS, ALONE), load_tokenizer("byte")
     trainer.step(batch_of(config), Progress(0, 0.0))
@@ -133,7 +134,7 @@ def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: P
     before = {name: p.detach().clone() for name, p in trainer.model.lm.named_parameters()}
 
     budget_bytes = 60_000
-    plan, _ = trainer.plan(statistics, tokenizer, budget_bytes)
+    plan, _ = trainer.plan(statistics, tokenizer, budget_bytes, to_ship=False)
     assert plan.expected_nats.keys() == matrices
     # training on these steps: every compute weight lies on its grid, masters keep their float values
     trainer.masters.train_on(
@@ -146,14 +147,17 @@ def test_free_steps_fill_their_budget_and_scoring_holds_what_shipped(tmp_path: P
         np.testing.assert_allclose(weight / step_RC, np.rint(weight / step_RC), atol=1e-3)
         assert not torch.equal(trainer.masters.master[f"lm.{name}"], before[name])
     # the end: codes for the weights as they are now, on the same steps but for one factor
-    last, _ = trainer.plan(statistics, tokenizer, budget_bytes)
+    last, _ = trainer.plan(statistics, tokenizer, budget_bytes, to_ship=True)
+    assert {q.spec for name, q in last.tensors.items() if name in matrices} == {
+        TRELLIS_GRID if trellis else FREE_STEP_GRID
+    }
     for name in matrices:
         ratio = last.tensors[name].scales[:3] / plan.tensors[name].scales[:3]
         np.testing.assert_allclose(ratio, ratio[0], rtol=0.01)
     # what is fitted to the grid is the moving average, which does not lie on the grid that training ran on
     average = {name: trainer.masters.ema[f"lm.{name}"].numpy() for name in matrices}
     assert not any(np.array_equal(average[n], trainer.masters.master[f"lm.{n}"].detach().numpy()) for n in matrices)
-    refit = plan_model(average, statistics, {}, last.loss_nats, config.rate, trainer.masters.trained_steps())
+    refit = plan_model(average, statistics, {}, last.loss_nats, config.rate, trainer.masters.trained_steps(), trellis)
     assert all(np.array_equal(refit.tensors[name].codes, last.tensors[name].codes) for name in matrices)
     trainer.masters.rounded = {name: last.tensors[name] for name in last.expected_nats}
     report = export_artifact(tmp_path / "model.artifact", trainer.masters, config, tokenizer, 0.99)
@@ -516,6 +520,7 @@ def test_killed_run_on_free_steps_resumes_bitwise(byte_data: Path, tmp_path: Pat
     options = {
         **EVERYTHING, "iterations": 24, "checkpoint_every": 3, "ema_start_fraction": 0.2, "data_path": byte_data,
         "free_steps": True, "free_qat_fraction": 0.5, "statistics_tokens": 512, "artifact_bytes": 20_000,
+        "trellis": True,
     }  # fmt: skip
     run_entry(*flags(**options, runs_dir=tmp_path / "a", run_id="run"))
     arguments = flags(**options, runs_dir=tmp_path / "b", run_id="run")
