@@ -45,6 +45,7 @@ NUMPY_ONLY_EXTRAS = {
     "common/quant/grid.py": set(),
     "common/quant/bitpack.py": set(),
     "common/quant/gptq.py": set(),
+    "common/quant/trellis.py": set(),
     "common/quant/plan.py": set(),
     "common/console.py": {"rich"},
     "common/errors.py": set(),
