@@ -52,7 +52,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,20 @@ class PlannedRun:
         """What the run computes: its configuration without what it is free to have otherwise."""
         return {name: value for name, value in self.config.items() if name not in FREE}
 
-    @property
-    def config_sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.meant, sort_keys=True, default=str).encode()).hexdigest()
+    def config_sha256(self, fields: Iterable[str] | None = None) -> str:
+        """Of what the run computes; given the fields that there were, without those that came later and are at rest."""
+        meant, known = self.meant, None if fields is None else set(fields)
+        if known is not None:
+            meant = {n: v for n, v in meant.items() if n in known or v != default_of(self.config["entry"], n)}
+        return hashlib.sha256(json.dumps(meant, sort_keys=True, default=str).encode()).hexdigest()
 
     def command(self) -> str:
         return shlex.join(["python", *self.arguments])
+
+
+def default_of(entry: str, name: str) -> Any:
+    """Of an option; one that came after a run was off in it, which is what defaults of new options are."""
+    return getattr((baseline if entry == "baseline" else jepa_mamba).Config(), name, None)
 
 
 def shown(value: Any) -> str:
@@ -249,7 +257,7 @@ def plan_runs(spec: Spec, data: Path, out: Path, kept: Sequence[Mapping[str, Any
                 config["entry"] = entry
                 runs.append(PlannedRun(budget, arm, seed, folder, (path, *flags), config, waits_for))
     if spec.placebo:
-        both = {name: [r.config_sha256 for r in runs if r.arm == name] for name in (spec.placebo, spec.reference)}
+        both = {name: [r.config_sha256() for r in runs if r.arm == name] for name in (spec.placebo, spec.reference)}
         if both[spec.placebo] != both[spec.reference]:
             raise ConfigError(f"placebo {spec.placebo} is not identical to {spec.reference}; give it the same options")
     return runs
@@ -271,8 +279,8 @@ def finished_summary(run: PlannedRun) -> dict[str, Any] | None:
         return None
     summary = json.loads(run.summary.read_text(encoding="utf-8"))
     wanted = run.meant
-    wanted.pop("entry")
-    changed = {name: (summary["config"].get(name), value) for name, value in wanted.items()}
+    entry, held = wanted.pop("entry"), summary["config"]
+    changed = {name: (held.get(name, default_of(entry, name)), value) for name, value in wanted.items()}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
     if changed:
         listing = ", ".join(f"{name} was {before!r}, is {now!r}" for name, (before, now) in changed.items())
@@ -445,17 +453,21 @@ def row_of(run: PlannedRun) -> dict[str, Any] | None:
         "tokenizer_sha256", "code_sha256",
     )  # fmt: skip
     row = {"budget": run.budget, "arm": run.arm, "seed": run.seed, "entry": run.config["entry"]}
-    row |= {"config_sha256": run.config_sha256} | {name: summary.get(name) for name in names}
+    row |= {"config_sha256": run.config_sha256()} | {name: summary.get(name) for name in names}
     row |= {"git": summary.get("git"), "machine": summary["environment"], "first_ce": first_loss(run.folder)}
     return row | {"latents": latents_of(run.folder)}
 
 
 def read_kept(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of an earlier report, one a run; none if there is no such file. Raises DataError for anything else."""
+    """Rows of an earlier report, one a run, each with the fields that its entry had then; none without such a file.
+
+    Raises DataError for anything else.
+    """
     if path is None or not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row | {"fields": report["fields"][row["entry"]]} for row in report["rows"]]
         missing = {"budget", "arm", "seed", "train_s", "steps", "machine"}.difference(*rows[:1])
         if missing:
             raise KeyError(*sorted(missing))
@@ -483,13 +495,16 @@ def collect(
     rows = {label: row for label, row in found.items() if row is not None}
     for row in kept:
         label = f"{row['budget']}/{row['arm']}-seed{row['seed']}"
-        if label not in planned or row.get("config_sha256") != planned[label].config_sha256:
+        run, fields = planned.get(label), row["fields"]
+        if run is None or row.get("config_sha256") != run.config_sha256(fields):
             raise DataError(f"--keep has {label} of other options than the spec's now; give another file or remove it")
+        row = row | {"config_sha256": run.config_sha256()}
+        row.pop("fields")
         rows.setdefault(label, row)
     known = {(row["arm"], row["seed"], row["config_sha256"]): row for row in rows.values()}
     beside = {(row["budget"], row["seed"]): rounding(row) for row in rows.values()}
     for label, run in planned.items():
-        twin = known.get((run.arm, run.seed, run.config_sha256))
+        twin = known.get((run.arm, run.seed, run.config_sha256()))
         if label not in rows and twin is not None:
             alike = beside.get((run.budget, run.seed), here)
             if alike is None or alike == rounding(twin):
@@ -673,7 +688,9 @@ class Study:
 
     def result(self, runs: Sequence[PlannedRun]) -> dict[str, Any]:
         """What is finished, analysed."""
-        return analyse(self.spec, list(collect(runs, self.kept).values()), len(runs)) | {"command": self.command}
+        fields = {run.config["entry"]: sorted(run.meant) for run in runs}
+        rows = list(collect(runs, self.kept).values())
+        return analyse(self.spec, rows, len(runs)) | {"fields": fields, "command": self.command}
 
     def save(self) -> None:
         """Write the file to keep, if there is one: what a killed study does not lose."""
@@ -691,6 +708,14 @@ class Study:
         write_atomically(self.out / "report.png", draw(result))
         self.save()
         return result
+
+
+def portable(word: str) -> str:
+    """A word of the command line for a report that is kept: no path of this machine, but the end of it."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -714,7 +739,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             raise ConfigError(f"{', '.join(unknown)}: no arm, seed or budget of {arguments.spec}")
         out = (arguments.out or ROOT / "runs" / "ablations" / spec.name).resolve()
-        command = shlex.join(["python", "scripts/ablate.py", *words])
+        command = shlex.join(["python", "scripts/ablate.py", *map(portable, words)])
         data, keep = arguments.data.resolve(), arguments.keep
         study = Study(spec, data, out, keep, read_kept(keep), command)
         collect(study.plan(), study.kept)  # refuses a bad spec or file before there is a folder

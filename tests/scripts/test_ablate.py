@@ -271,6 +271,43 @@ def test_equal_time_by_the_price_of_a_step(spec_file: Path, tmp_path: Path, fake
     assert "Price of a step over the reference's, of `steps`: base 1.000, same 1.000, smaller 1.250" in text
 
 
+def test_an_option_that_came_later_leaves_kept_runs_what_they_were(
+    spec_file: Path, tmp_path: Path, fake_entry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, out = tmp_path / "kept.json", tmp_path / "out"
+    where = [str(spec_file), "--data", str(tmp_path), "--keep", str(kept)]
+    assert ablate.main([*where, "--out", str(out), "--seeds", "1", "--only", "smaller"]) == 0
+    before, spec = json.loads(kept.read_text()), read_spec(spec_file)
+    runs = {run.label: run for run in plan_runs(spec, tmp_path, out)}
+    older = json.loads(kept.read_text())
+    older["fields"]["jepa_mamba"].remove("trellis")
+    for row in older["rows"]:
+        run = runs[f"{row['budget']}/{row['arm']}-seed1"]
+        row["config_sha256"] = run.config_sha256(older["fields"]["jepa_mamba"])
+        assert row["config_sha256"] != run.config_sha256()
+    kept.write_text(json.dumps(older))
+    for path in out.glob("runs/*/*/summary.json"):  # folders of that time too
+        summary = json.loads(path.read_text())
+        del summary["config"]["trellis"]
+        path.write_text(json.dumps(summary))
+    for folder in ("out", "elsewhere"):
+        kept.write_text(json.dumps(older))
+        assert ablate.main([*where, "--out", str(tmp_path / folder), "--report"]) == 0
+        assert json.loads(kept.read_text())["rows"] == before["rows"]
+    kept.write_text(json.dumps(older))
+    spec_file.write_text(SPEC.replace("model_dim = 64", "model_dim = 64\nfree_steps = true\ntrellis = true"))
+    assert ablate.main([*where, "--out", str(tmp_path / "elsewhere"), "--report"]) == 2
+    assert "of other options" in capsys.readouterr().err
+
+
+def test_a_kept_report_names_no_path_of_this_machine(spec_file: Path, tmp_path: Path, fake_entry: None) -> None:
+    kept, inside = tmp_path / "kept.json", ablate.ROOT / "data" / "x"
+    words = [str(spec_file), "--data", str(inside), "--out", str(tmp_path / "out"), "--keep", str(kept), "--report"]
+    assert ablate.main(words) == 0
+    command = json.loads(kept.read_text())["command"]
+    assert command == "python scripts/ablate.py try.toml --data data/x --out out --keep kept.json --report"
+
+
 def test_a_placebo_that_differs_is_shouted(spec_file: Path, tmp_path: Path, fake_entry: None, capsys) -> None:
     where = [str(spec_file), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert ablate.main([*where, "--only", "same"]) == 0
