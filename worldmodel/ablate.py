@@ -240,7 +240,7 @@ def _score(config: AblateConfig, profile: Profile, root: Path, data_dir: str, na
 
 def difference(variants: dict[str, Any], name: str, reference: str, metric: str) -> tuple[float, float] | None:
     """Mean over seeds of a score less the reference's, and half of its interval; None where it was not measured."""
-    pairs = [variants[n]["scores"][metric] for n in (name, reference) if n in variants]
+    pairs = [variants[n]["scores"].get(metric, [None]) for n in (name, reference) if n in variants]
     if len(pairs) < 2 or None in pairs[0] or None in pairs[1]:
         return None
     return interval_over_seeds(np.subtract(*pairs))
