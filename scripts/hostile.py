@@ -48,7 +48,7 @@ from scripts.fault_runs import lm_arguments, make_lm_data, make_world_data, worl
 from scripts.reliability import ROOT, merged, provenance, record, table
 
 INPUT_LIMIT_S = 10
-MEMORY_LIMIT_BYTES = 512 << 20  # of address space, above what the reader has when it is ready
+MEMORY_LIMIT_BYTES = 512 << 20  # of private memory, above what the reader has when it is ready
 CORPUS = 200  # files that are mutated on, beside the sound ones
 FORBIDDEN = (
     "pickle.find_class", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen",
@@ -733,7 +733,7 @@ class TooSlow(BaseException):
 
 
 def status_bytes(name: str) -> int:
-    """A size of this process from the kernel: VmSize, VmRSS or VmHWM."""
+    """A size of this process from the kernel: VmData, VmRSS or VmHWM."""
     text = Path("/proc/self/status").read_text(encoding="ascii")
     found = re.search(rf"{name}:\s+(\d+) kB", text)
     return int(found.group(1)) << 10 if found else 0
@@ -761,8 +761,10 @@ def explore(name: str, count: int, seed: int, folder: str, at: Any, pipe: Any) -
     sys.addaudithook(audit)
     signal.signal(signal.SIGPROF, too_slow)
     signal.signal(signal.SIGALRM, too_slow)
-    limit_bytes = status_bytes("VmSize") + MEMORY_LIMIT_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    # Not the address space: each thread of a reader reserves 64 MB of that for its heap, and whoever finds none left
+    # (a new thread, a stack that grows) is ended by a signal for a fault that is not the input's.
+    limit_bytes = status_bytes("VmData") + MEMORY_LIMIT_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark of memory starts here
     before_bytes = status_bytes("VmRSS")
     found, rng, seen = Found(name), random.Random(f"{seed} {name}"), collections.Counter()
