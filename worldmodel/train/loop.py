@@ -205,9 +205,10 @@ def make_report(
 
 
 def hardware_line() -> str:
-    """Devices and cores, for logs and summaries."""
+    """Devices, and the cores that this process may use, for logs and summaries."""
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
-    return f"{jax.device_count()} x {kinds} ({jax.default_backend()}), {os.cpu_count()} CPU cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{jax.device_count()} x {kinds} ({jax.default_backend()}), {cores} CPU core{'s' * (cores > 1)}"
 
 
 def held_memory_bytes() -> int:
