@@ -30,7 +30,7 @@ from worldmodel.data.records import open_dataset
 from worldmodel.data.tokenize import TokenizeConfig, run_tokenize
 from worldmodel.doctor import examine, lines_of
 from worldmodel.evaluate.suite import evaluate_world
-from worldmodel.export import FITTED, export_world, load_exported
+from worldmodel.export import FITTED_GRIDS, export_world, load_exported
 from worldmodel.fisher import world_statistics
 from worldmodel.leaderboard import LeaderboardConfig, write_leaderboard
 from worldmodel.play.start import PlayConfig, run_play
@@ -110,11 +110,12 @@ class ExportCommand:
     out: str
     """Artifact file."""
     tokenizer_run: str = ""
-    grid: Literal["int8", "int4", "fitted"] = "int8"
+    grid: Literal["int8", "int4", "fitted", "trellis"] = "int8"
+    """The last two have steps that fill the bits below; trellis loses less at equal bytes and takes longer."""
     bits: float = 4.0
-    """Bits a weight of the whole file, of the fitted grid."""
+    """Bits a weight of the whole file, of the grids fitted and trellis."""
     data_dir: str = ""
-    """Data set whose training clips show what the fitted grid's errors cost; the one of training by default."""
+    """Data set whose training clips show what their errors cost; the one of training by default."""
     clips: int = 1024
     """How many of them."""
     overwrite: bool = False
@@ -249,7 +250,7 @@ def _export(command: ExportCommand) -> None:
     _refuse_existing(Path(command.out), command.overwrite)
     world = load_world(command.run, tokenizer_run=command.tokenizer_run)
     statistics = None
-    if command.grid == FITTED:
+    if command.grid in FITTED_GRIDS:
         dataset = open_dataset(command.data_dir or world.config.data_dir, "train")
         count = min(command.clips, dataset.require_windows(world.config.seq_len))
         statistics = world_statistics(world, dataset.fixed_windows(count, world.config.seq_len))

@@ -38,8 +38,9 @@ GRIDS: dict[str, tuple[GridSpec, GridSpec]] = {
     "int8": (GridSpec("int", 8, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
     "int4": (GridSpec("int", 4, "row", "f32", None), GridSpec("int", 8, "row", "f32", None)),
 }
-FITTED = "fitted"  # steps by what the world's losses say, as many bits as asked for
-GRID_NAMES = (*GRIDS, FITTED)
+FITTED, TRELLIS = "fitted", "trellis"  # steps by what the world's losses say, as many bits as asked for
+FITTED_GRIDS = (FITTED, TRELLIS)
+GRID_NAMES = (*GRIDS, *FITTED_GRIDS)
 FITTED_RATE = 0.25  # weight of the coder's cost in rounding, as for language models
 MIN_QUANTIZED_VALUES = 512
 MOST_CLAIMED = 1 << 16  # sizes up to this one are plausible in any artifact
@@ -154,12 +155,18 @@ def fixed_tensors(values: dict[str, np.ndarray], grid: str) -> dict[str, Quantiz
 def fitted_plan(
     values: dict[str, np.ndarray], statistics: dict[str, LayerStatistics], meta: dict[str, Any], bits: float
 ) -> ModelPlan:
-    """Steps and codes of every matrix with statistics that fill `bits` a weight; the rest int8 or bf16."""
+    """Steps and codes, on meta's grid, of matrices with statistics that fill `bits` a weight; the rest int8 or bf16."""
     fitted = {name: layer for name, layer in statistics.items() if is_quantized(values[name])}
     specs = {name: GridSpec("int", 8) if is_quantized(value) else BF16_GRID for name, value in values.items()}
     budget_bytes = int(bits * sum(value.size for value in values.values()) / 8)
     plan, _ = fit_model(
-        values, fitted, specs, lambda plan: len(encode_artifact(plan.tensors, meta)), budget_bytes, rate=FITTED_RATE
+        values,
+        fitted,
+        specs,
+        lambda plan: len(encode_artifact(plan.tensors, meta)),
+        budget_bytes,
+        rate=FITTED_RATE,
+        trellis=meta["grid"] == TRELLIS,
     )
     return plan
 
@@ -178,9 +185,10 @@ def export_world(
     Args:
         world: float world.
         path: file.
-        grid: int8, int4 (matrices of blocks at 4 bits, the rest at 8), or fitted (steps by the loss).
-        bits: a weight of the whole file, of the fitted grid; the file has 99.5 to 100% of that.
-        statistics: of `world_statistics`, for the fitted grid.
+        grid: int8, int4 (matrices of blocks at 4 bits, the rest at 8), fitted (steps by the loss), or trellis (such
+            steps on two interleaved grids: less loss at equal bytes, takes longer).
+        bits: a weight of the whole file, of the fitted grids; the file has 99.5 to 100% of that.
+        statistics: of `world_statistics`, for the fitted grids.
         overwrite: replace an existing file.
 
     Returns:
@@ -203,10 +211,10 @@ def export_world(
         "dynamics_sha256": weights_sha256(world.dynamics),
     }
     values = stored_values(world)
-    if grid != FITTED:
+    if grid not in FITTED_GRIDS:
         tensors = fixed_tensors(values, grid)
     elif statistics is None:
-        raise ConfigError("the fitted grid needs statistics of the world's losses (worldmodel/fisher.py)")
+        raise ConfigError(f"the {grid} grid needs statistics of the world's losses (worldmodel/fisher.py)")
     else:
         tensors = fitted_plan(values, statistics, meta, bits).tensors
     Path(path).parent.mkdir(parents=True, exist_ok=True)

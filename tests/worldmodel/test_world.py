@@ -269,20 +269,23 @@ def test_artifacts_of_the_first_format_keep_their_own_codes(worlds, tmp_path):
         load_exported(tmp_path / "twice")
 
 
-@pytest.mark.parametrize("source", ["ground-truth", "latent"])
-def test_the_fitted_grid_fills_its_bits_and_keeps_the_world(worlds, statistics, tmp_path, source, monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "grid"), [("ground-truth", "fitted"), ("latent", "fitted"), ("ground-truth", "trellis")]
+)
+def test_fitted_grids_fill_their_bits_and_keep_the_world(worlds, statistics, tmp_path, source, grid, monkeypatch):
     monkeypatch.setattr("worldmodel.export.MIN_QUANTIZED_VALUES", 32)
     world = worlds[source]
     values = stored_values(world)
     assert statistics[source].keys() <= values.keys()
     assert any("/lam/" in name for name in statistics[source]) == (source == "latent")
     with pytest.raises(ConfigError, match="statistics"):
-        export_world(world, tmp_path / "none", grid="fitted")
+        export_world(world, tmp_path / "none", grid=grid)
     with pytest.raises(ConfigError, match="at least 4 clips"):
         world_statistics(world, game_clips(3, 4, seed=3))
-    report = export_world(world, tmp_path / "m.artifact", grid="fitted", bits=7.0, statistics=statistics[source])
+    report = export_world(world, tmp_path / "m.artifact", grid=grid, bits=7.0, statistics=statistics[source])
     budget_bytes = 7.0 * sum(value.size for value in values.values()) / 8
     assert 0.995 * budget_bytes - 1 <= report.file_bytes <= budget_bytes
+    assert any(tensor.grid.startswith("trellis") for tensor in report.tensors) == (grid == "trellis")
     back = load_exported(tmp_path / "m.artifact")
     clips = game_clips(32, 4, seed=5)
     driven = world.actions_of(clips["frames_BTHWC"], clips["actions_BT"])
