@@ -20,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Compilation is most of the time of these tests, and many compile the same tiny models.
     """
+    if not config.pluginmanager.has_plugin("cacheprovider"):  # switched off with -p no:cacheprovider
+        return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     for name in ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"):
         os.environ.setdefault(name, "0")
