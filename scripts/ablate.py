@@ -58,12 +58,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 
 matplotlib.use("Agg")  # a file, never a window
 
 from matplotlib.figure import Figure
 
+from common.cpu import processor_name
 from common.errors import ConfigError, DataError, GolfError
 from common.files import write_atomically
 from referee.evidence import student_tail
@@ -301,7 +301,7 @@ def slots_of(spec: Spec, jobs: int) -> list[dict[str, Any]]:
     if spec.threads > len(cores):
         raise ConfigError(f"spec {spec.name} wants {spec.threads} cores a run, this process may use {len(cores)}")
     groups = [cores[i : i + spec.threads] for i in range(0, len(cores) - spec.threads + 1, spec.threads)]
-    here = [torch.backends.cpu.get_cpu_capability()]
+    here = [processor_name()]
     return [{"cores": group, "rounding": here} for group in groups[: jobs or len(groups)]]
 
 
@@ -477,8 +477,9 @@ def read_kept(path: Path | None) -> list[dict[str, Any]]:
 
 
 def rounding(row: Mapping[str, Any]) -> list[str]:
-    """What runs of one code and configuration must share to be equal bit for bit: GPUs, else the kind of processor."""
-    return row["machine"].get("gpus") or [row["machine"].get("cpu_capability", "an unknown processor")]
+    """What runs of one code and configuration must share to be equal bit for bit: GPUs, else the processor."""
+    machine = row["machine"]  # of reports before 2026-11-29 only the instructions are known
+    return machine.get("gpus") or [machine.get("processor") or machine.get("cpu_capability", "an unknown processor")]
 
 
 def collect(

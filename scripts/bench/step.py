@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.cpu import processor_name
 from submissions.jepa_mamba import train_gpt
 
 PHASES: tuple[str, ...] = ("forward", "backward", "gradients", "muon", "adam", "publish", "other")
@@ -248,13 +248,6 @@ class Worker:
         self.process.wait()
 
 
-def cpu_name() -> str:
-    """The processor as Linux or Python calls it."""
-    known = Path("/proc/cpuinfo")
-    names = [line for line in known.read_text().splitlines() if "model name" in line] if known.is_file() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
 def compare(
     ours: Path, theirs: Path, options: Mapping[str, Any], rounds: int, steps: int, threads: int
 ) -> dict[str, Any]:
@@ -271,7 +264,7 @@ def compare(
             worker.close()
     medians = {side: statistics.median(values) for side, values in times.items()}
     return {
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
+        "machine": {"cpu": processor_name(), "cores": os.cpu_count(), "torch": torch.__version__},
         "cpu_ms": medians,
         "ratio": medians["ours"] / medians["theirs"],
         "quartiles_ms": {side: statistics.quantiles(values, n=4) for side, values in times.items()},

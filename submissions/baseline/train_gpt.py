@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.artifact.container import decode_artifact, encode_artifact
+from common.cpu import processor_name
 from common.errors import ArtifactError, ConfigError, GolfError, TokenizerError
 from common.files import write_atomically
 from common.optim.muon import Muon
@@ -412,7 +413,7 @@ def run(arguments: argparse.Namespace, c: Config, device: torch.device, rank: in
         "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "environment": {
             "torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "processor": processor_name(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(world)] if device.type == "cuda" else [],
         },
     }  # fmt: skip

@@ -62,7 +62,7 @@ from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
 from common.console import TrainingConsole, peak_memory_bytes, progress_text
-from common.cpu import tune_cpu_process
+from common.cpu import processor_name, tune_cpu_process
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -2060,7 +2060,7 @@ def versions_and_hardware(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # its products round otherwise than another's
+        "processor": processor_name(),  # products of another round otherwise
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }

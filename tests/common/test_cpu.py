@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common.cpu
-from common.cpu import float32_product_error, tune_cpu_process
+from common.cpu import float32_product_error, processor_name, tune_cpu_process
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +60,13 @@ def test_nothing_is_set_where_it_would_do_harm_or_nothing(obstacle, monkeypatch)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert "PyTorch's default" in tune_cpu_process()
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_processor_is_known_by_name_and_instructions(monkeypatch):
+    fast_machine(monkeypatch, "AVX512")
+    wide = processor_name()
+    fast_machine(monkeypatch, "AVX2")
+    assert wide.endswith(", AVX512")
+    assert processor_name() == wide.replace("AVX512", "AVX2")
+    if common.cpu.Path("/proc/cpuinfo").is_file():
+        assert wide.partition(",")[0] in common.cpu.Path("/proc/cpuinfo").read_text()

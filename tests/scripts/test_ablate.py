@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from common.cpu import processor_name
 from common.errors import ConfigError, DataError
 from scripts import ablate
 from scripts.ablate import analyse, holm, paired, plan_runs, read_spec, student_quantile, verdict_of
@@ -60,7 +60,7 @@ log = {"event": "step", "step": 1, "ce": 5.5 if arm != "plain" else 6.5}
 (folder / "log.jsonl").write_text(json.dumps(log) + "\\n")
 summary = {"val_bpb": bpb, "float_val_bpb": bpb - 0.01, "steps": 5, "tokens": 9, "train_s": 1.0, "artifact_bytes": 7,
            "params": 3, "clock": "cpu", "eval_mode": "carried", "val_sha256": "a", "tokenizer_sha256": "b",
-           "code_sha256": sys.argv[1], "environment": {"cpu_capability": "CAPABILITY"},
+           "code_sha256": sys.argv[1], "environment": {"processor": "PROCESSOR"},
            "config": json.loads(sys.stdin.read())}
 if not (folder / "break").exists():
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -77,7 +77,7 @@ def spec_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def fake_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "fake.py"
-    program.write_text(FAKE.replace("CAPABILITY", torch.backends.cpu.get_cpu_capability()))
+    program.write_text(FAKE.replace("PROCESSOR", processor_name()))
 
     def start(run, slot, threads):
         process = subprocess.Popen([sys.executable, "-S", str(program), *run.arguments], stdin=subprocess.PIPE)
@@ -217,7 +217,7 @@ def test_no_seed_is_shared_by_processors_that_round_otherwise(
 
     assert ablate.main([*where, "--out", str(tmp_path / "here"), "--seeds", "1"]) == 0
     result = json.loads(kept.read_text())
-    whole = [row | {"machine": {"cpu_capability": "another"}} for row in result["rows"]]
+    whole = [row | {"machine": {"processor": "another"}} for row in result["rows"]]
     kept.write_text(json.dumps(result | {"rows": whole[:-1]}))
     before = kept.read_bytes()
     assert ablate.main([*where, "--out", str(tmp_path / "there")]) == 2
