@@ -1,8 +1,8 @@
-"""Write submissions/jepa_mamba/TO_JEPA_OR_NOT.md: `make jepa-answer` (from benchmarks/ablations/jepa-*.json).
+"""Write submissions/jepa_mamba/TO_JEPA_OR_NOT.md, and its summary in the README beside it: `make jepa-answer`.
 
 The studies are preregistered in scripts/ablations/jepa_*.toml; `scripts/ablate.py SPEC --keep FILE` leaves what is read
-here. The answer follows the decision rule of those files; nothing in the document is typed in but the words between the
-figures.
+here, benchmarks/ablations/jepa-*.json. The answer follows the decision rule of those files; nothing is typed in but the
+words between the figures.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 
 from common.errors import DataError, GolfError
 from common.files import write_atomically
-from scripts.ablate import Spec, arm_table, limits_text, prices_text, read_spec
+from scripts.ablate import Spec, arm_table, interval_text, limits_text, prices_text, read_spec
+from scripts.readme_tables import replace_between
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "scripts" / "ablations"
 KEPT = ROOT / "benchmarks" / "ablations"
 DOCUMENT = ROOT / "submissions" / "jepa_mamba" / "TO_JEPA_OR_NOT.md"
+README = DOCUMENT.with_name("README.md")
 PRIMARY = "time"  # the budget in which an arm pays for its objective
 STUDIES = ("jepa_mini", "jepa_forms_mini", "jepa_forms_confirm", "jepa_h200")
 CONTROLS = ("placebo", "shuffled", "sigreg_only")  # arms that cannot make latent prediction the default
@@ -146,6 +148,30 @@ def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     return "\n\n".join([*parts, LIMITS]) + "\n"
 
 
+def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """The answer and the main study's arms in one table."""
+    main = results.get("jepa_mini")
+    if main is None or not main["finished_runs"]:
+        return answer(results)
+    told = {PRIMARY: "equal time", "steps": "equal steps"}
+    heads = "".join(f" at {name}, bpb | |" for name in told.values())
+    lines = [f"| arm against `{main['reference']}` |{heads}", f"|{' --- |' * (1 + 2 * len(told))}"]
+    for arm in main["arms"]:
+        if arm == main["reference"]:
+            continue
+        line = f"| {arm} |"
+        for budget in told:
+            found = main["budgets"][budget]["arms"].get(arm, {})
+            line += f" {interval_text(found.get('val_bpb_difference'))} | {found.get('verdict', '–')} |"
+        lines.append(line)
+    about = (
+        f"Differences of the artifact's bits per byte, paired over {len(main['seeds'])} seeds, 95% intervals; the "
+        f"smallest effect that counts is {main['minimum_effect_bpb']}. The whole study, its rule and its limits: "
+        f"[{DOCUMENT.name}]({DOCUMENT.name})."
+    )
+    return "\n\n".join([answer(results), "\n".join(lines), about])
+
+
 def read_kept(folder: Path) -> dict[str, dict[str, Any] | None]:
     """Kept reports by study, None where there is none. Raises DataError for a file of another study."""
     found: dict[str, dict[str, Any] | None] = {}
@@ -163,10 +189,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write TO_JEPA_OR_NOT.md from kept reports.")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder of reports (benchmarks/ablations)")
     parser.add_argument("--out", type=Path, default=DOCUMENT, help="document to write")
+    parser.add_argument("--readme", type=Path, default=README, help="page whose summary is rewritten")
     arguments = parser.parse_args(argv)
     try:
-        write_atomically(arguments.out, document(read_kept(arguments.kept)).encode())
-        print(arguments.out)
+        results = read_kept(arguments.kept)
+        page = replace_between(arguments.readme.read_text(encoding="utf-8"), "jepa", summary(results))
+        write_atomically(arguments.out, document(results).encode())
+        write_atomically(arguments.readme, page.encode())
+        print(arguments.out, arguments.readme, sep="\n")
     except GolfError as error:
         print(f"jepa_answer: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import DataError
 from scripts.ablate import analyse, read_spec
-from scripts.jepa_answer import DOCUMENT, KEPT, SPECS, answer, document, main, read_kept
+from scripts.jepa_answer import DOCUMENT, KEPT, README, SPECS, answer, document, main, read_kept, summary
 
 MAIN = read_spec(SPECS / "jepa_mini.toml")
 
@@ -66,8 +66,13 @@ def test_studies_are_told_with_their_latents_and_a_changed_spec_shows() -> None:
 
 def test_kept_reports_are_read_by_name(tmp_path: Path) -> None:
     (tmp_path / "jepa-mini.json").write_text(json.dumps(report(MAIN, {})))
-    assert main(["--kept", str(tmp_path), "--out", str(tmp_path / "x.md")]) == 0
+    (tmp_path / "page.md").write_text("before\n<!-- jepa:begin (how) -->\nold\n<!-- jepa:end -->\nafter\n")
+    where = ["--kept", str(tmp_path), "--out", str(tmp_path / "x.md"), "--readme", str(tmp_path / "page.md")]
+    assert main(where) == 0
     assert "**Not to JEPA**" in (tmp_path / "x.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert (page[:6], page[-6:], "old" in page) == ("before", "after\n", False)
+    assert "| stop_gradient | +0.0000 [+0.0000, +0.0000] | null | +0.0000 [+0.0000, +0.0000] | null |" in page
     (tmp_path / "jepa-mini.json").write_text(json.dumps(report(MAIN, {}) | {"name": "other"}))
     with pytest.raises(DataError, match="report of 'other'"):
         read_kept(tmp_path)
@@ -75,3 +80,4 @@ def test_kept_reports_are_read_by_name(tmp_path: Path) -> None:
 
 def test_the_committed_answer_is_what_the_program_writes() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == document(read_kept(KEPT)), "stale: make jepa-answer"
+    assert f"-->\n{summary(read_kept(KEPT))}\n<!--" in README.read_text(encoding="utf-8"), "stale: make jepa-answer"
