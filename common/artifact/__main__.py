@@ -244,19 +244,24 @@ def predict_file(options: argparse.Namespace) -> None:
     check_budget(report.file_bytes + options.code_bytes, options.bytes)
 
 
-def measure_files(paths: Sequence[str], out: str | None) -> None:
-    """Print how well each artifact is predicted from all others; write what predictions need. Raises ArtifactError."""
+def measure_files(paths: Sequence[str], earlier: str | None, out: str | None) -> None:
+    """Print how well each artifact is predicted from all others; write what predictions need. Raises ArtifactError.
+
+    The others are those given and, of a file that an earlier call wrote, those measured then.
+    """
     reports = {path: read_artifact(path)[2] for path in paths}
-    if len(reports) < 2:
+    known = [one for one in read_measured(earlier) if one.label not in reports] if earlier else []
+    if len(reports) + len(known) < 2:
         raise ArtifactError("give at least two artifacts of trained models: each is predicted from all others")
     rows = [["artifact", "weights", "bytes", "predicted from the others", "off by"]]
-    for label, predicted in leave_one_out(reports).items():
+    for label, predicted in leave_one_out(reports, known).items():
         size = reports[label].file_bytes
         off = f"{predicted.file_bytes / size - 1:+.2%}"
         rows.append([label, f"{predicted.n_weights:,}", f"{size:,}", f"{predicted.file_bytes:,}", off])
     print(format_text_table(rows, left_columns=1))
     if out:
-        write_atomically(out, write_measured([measure_artifact(label, report) for label, report in reports.items()]))
+        measured = [measure_artifact(label, report) for label, report in reports.items()]
+        write_atomically(out, write_measured([*known, *measured]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -282,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget.add_argument("--out", metavar="FILE", help="write the artifact")
     measure = commands.add_parser("measure", help="what --predict needs of trained artifacts, and how well it does")
     measure.add_argument("files", metavar="FILE", nargs="+", help="artifacts of trained models")
+    measure.add_argument("--with", dest="earlier", metavar="FILE", help="JSON of an earlier call: those artifacts, too")
     measure.add_argument("--out", metavar="FILE", help="JSON to write")
     options = parser.parse_args(arguments)
     if options.command == "budget" and (
@@ -292,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "inspect":
             inspect_file(options.file, options.html)
         elif options.command == "measure":
-            measure_files(options.files, options.out)
+            measure_files(options.files, options.earlier, options.out)
         elif options.predict:
             predict_file(options)
         else:

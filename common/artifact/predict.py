@@ -173,10 +173,10 @@ def report_layout(report: SizeReport) -> dict[str, tuple[tuple[int, ...], GridSp
     return {tensor.name: (tensor.shape, parse_grid_spec(tensor.grid)) for tensor in report.tensors}
 
 
-def leave_one_out(reports: Mapping[str, SizeReport]) -> dict[str, SizeReport]:
-    """Each artifact predicted from all others, by label."""
+def leave_one_out(
+    reports: Mapping[str, SizeReport], known: Sequence[MeasuredArtifact] = ()
+) -> dict[str, SizeReport]:
+    """Each artifact predicted from all others and those already `known`, by label."""
     measured = {label: measure_artifact(label, report) for label, report in reports.items()}
-    return {
-        label: predict_size(report_layout(report), [one for other, one in measured.items() if other != label])
-        for label, report in reports.items()
-    }
+    others = {label: [*known, *(one for other, one in measured.items() if other != label)] for label in measured}
+    return {label: predict_size(report_layout(report), others[label]) for label, report in reports.items()}

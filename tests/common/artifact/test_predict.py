@@ -91,6 +91,20 @@ def test_commands(reports, tmp_path, capsys):
     assert max(map(abs, off)) < 1
     measured = read_measured(sizes)
     assert write_measured(measured) == sizes.read_bytes()
+    # One more, beside those of the file: predicted from them, and added to them; measured again, it is there once.
+    more = tmp_path / "more.artifact"
+    more.write_bytes(encode_artifact(trained_like(160, 3, seed=9), {}, ("raw", "rans")))
+    both = tmp_path / "both.json"
+    for _ in range(2):
+        assert main(["measure", str(more), "--with", str(sizes), "--out", str(both)]) == 0
+        row = capsys.readouterr().out.splitlines()[1].split()
+        sizes_of = predict_size(report_layout(decode_artifact(more.read_bytes())[2]), measured)
+        assert row[3] == f"{sizes_of.file_bytes:,}"
+        assert [one.label for one in read_measured(both)] == [*paths, str(more)]
+        sizes = both
+    assert main(["measure", str(more)]) == 2
+    assert "at least two" in capsys.readouterr().err
+    sizes = tmp_path / "sizes.json"
     layout = {name: {"shape": s, "grid": g.label} for name, (s, g) in report_layout(reports["large"]).items()}
     (tmp_path / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
     options = ["budget", "--predict", str(tmp_path / "layout.json"), "--measured", str(sizes)]
