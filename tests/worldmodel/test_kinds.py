@@ -228,8 +228,8 @@ def test_kinds_learn_the_game(tokenizer, dynamics, steps, metric, bar, tmp_path)
     first = train_config("tokenizer", str(tmp_path / "t"), tokenizer=tokenizer, optim=optim, steps=40, eval_every=40)
     assert train(first, source=MemorySource(first))["metrics"]["val_psnr_db"] > 25
     second = train_config(
-        "dynamics", str(tmp_path / "d"), tokenizer=tokenizer, dynamics=dynamics, optim=optim, steps=steps, batch_size=16,
-        eval_every=steps, tokenizer_run=first.run_dir,
+        "dynamics", str(tmp_path / "d"), tokenizer=tokenizer, dynamics=dynamics, optim=optim, steps=steps,
+        batch_size=16, eval_every=steps, tokenizer_run=first.run_dir,
     )  # fmt: skip
     value = train(second, source=MemorySource(second))["metrics"][metric]
     assert value > bar if bar > 0 else value < -bar

@@ -124,8 +124,8 @@ def test_a_set_without_a_training_split_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_reader_finds_actions_and_states_of_our_game(tmp_path: Path) -> None:
-    # A push moves the puck by 7/8 of a pixel: places read to a whole pixel tell 0.4 of the actions, exact ones 0.77. That
-    # takes this many steps; 900 on a quarter of the frames end at 0.35.
+    # A push moves the puck by 7/8 of a pixel: places read to a whole pixel tell 0.4 of the actions, exact ones 0.77. To
+    # read parts of a pixel takes this many steps; 900 on a quarter of the frames end at 0.35.
     data = str(puck_set(tmp_path / "puck", 64_000))
     reader = trained_reader(data, open_dataset(data, "train").content_sha256, 3000, 0)
     val = open_dataset(data, "val")
