@@ -111,7 +111,7 @@ class ExportCommand:
     """Artifact file."""
     tokenizer_run: str = ""
     grid: Literal["int8", "int4", "fitted", "trellis"] = "int8"
-    """The last two have steps that fill the bits below; trellis loses less at equal bytes and takes longer."""
+    """The last two have steps that fill the bits below; trellis takes longer and should lose less (LOG.md)."""
     bits: float = 4.0
     """Bits a weight of the whole file, of the grids fitted and trellis."""
     data_dir: str = ""

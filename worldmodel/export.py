@@ -186,7 +186,7 @@ def export_world(
         world: float world.
         path: file.
         grid: int8, int4 (matrices of blocks at 4 bits, the rest at 8), fitted (steps by the loss), or trellis (such
-            steps on two interleaved grids: less loss at equal bytes, takes longer).
+            steps on two interleaved grids, which takes longer; for worlds what it wins is not measured).
         bits: a weight of the whole file, of the fitted grids; the file has 99.5 to 100% of that.
         statistics: of `world_statistics`, for the fitted grids.
         overwrite: replace an existing file.
