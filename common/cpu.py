@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _MADV_HUGEPAGE, _HUGE_PAGE_BYTES = 14, 2**21  # of <sys/mman.h>, and on x86-64
@@ -22,10 +26,14 @@ def processor_name() -> str:
     Runs are equal bit for bit on one such processor only: blocks of products follow caches, too. Two that both have
     AVX-512 ended 0.003 bpb apart (LOG.md, 2026-11-29).
     """
+    return f"{_cpuinfo('model name') or platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; "" where it says nothing."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def tune_cpu_process() -> str:
@@ -34,7 +42,9 @@ def tune_cpu_process() -> str:
     Source: ours, measured (LOG.md, "The CPU step"). PyTorch multiplies float32 matrices with MKL, which takes its AVX2
     path on AMD: half of what an AVX-512 machine can do. With leave to round operands to bfloat16, PyTorch hands them to
     oneDNN instead, which makes no use of that leave where it has no such kernels (AVX-512 without AMX) and is twice
-    as fast. Whether products stayed float32 is measured here, and the leave withdrawn if they did not.
+    as fast. Whether products stayed float32 is measured here, and the leave withdrawn if they did not. On Intel MKL is
+    as fast, and faster where products are small: it stays (by the vendor's name, not by a stopwatch, so that two runs
+    on one machine round alike; for the small products of other machines see `in_default_products`).
 
     The C library returns every large tensor to the system when it is freed and has it zeroed page by page when the next
     one is made: a sixth of a training step. It is told to keep them, and the first gigabyte of its heap asks for huge
@@ -54,6 +64,8 @@ def _choose_cpu_products() -> str:
         return "PyTorch's default (CUDA is there too)"
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return f"PyTorch's default (this CPU runs its {torch.backends.cpu.get_cpu_capability()} code)"
+    if _cpuinfo("vendor_id") == "GenuineIntel" and torch.backends.mkl.is_available():
+        return "PyTorch's default (MKL on its vendor's AVX-512)"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     error = float32_product_error()
@@ -61,6 +73,49 @@ def _choose_cpu_products() -> str:
         torch.set_float32_matmul_precision(before)
         return f"PyTorch's default (oneDNN would round them: error {error:.1e})"
     return f"oneDNN (AVX-512, error {error:.1e})"
+
+
+@contextlib.contextmanager
+def _default_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _InDefaultProducts(torch.autograd.Function):
+    """The graph of the operation is built inside and kept, so that its backward can run under the same setting."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        with _default_products(), torch.enable_grad():
+            ctx.output = operation(*ctx.inputs)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [t for t in ctx.inputs if t.requires_grad]
+        with _default_products():
+            found = iter(torch.autograd.grad(ctx.output, wanted, dy))
+        return None, *(next(found) if t.requires_grad else None for t in ctx.inputs)
+
+
+def in_default_products(operation: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """operation(*inputs), forward and backward with PyTorch's own products whatever `tune_cpu_process` chose.
+
+    Source: ours, measured (LOG.md, 2026-11-29). PyTorch's attention on a CPU is made of small products, and setting
+    each of them up costs oneDNN more than computing it: 52 ms against 10 for 64 heads of 128 x 32 forward and backward.
+
+    Args:
+        operation: from tensors to one tensor; other tensors that it uses get no gradient.
+        inputs: any shapes and dtypes. Once differentiable.
+    """
+    if inputs[0].device.type != "cpu" or torch.get_float32_matmul_precision() == "highest":
+        return operation(*inputs)
+    return _InDefaultProducts.apply(operation, *inputs)  # type: ignore[return-value]
 
 
 def float32_product_error() -> float:

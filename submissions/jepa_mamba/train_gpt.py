@@ -28,6 +28,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -62,7 +63,7 @@ from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
 from common.console import TrainingConsole, peak_memory_bytes, progress_text
-from common.cpu import processor_name, tune_cpu_process
+from common.cpu import in_default_products, processor_name, tune_cpu_process
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -774,7 +775,7 @@ class CausalAttention(nn.Module):
         new_state = LayerState(k_BHTP[:, :, first_kept:], v_BHTP[:, :, first_kept:])
         q_BHTP, k_BHTP = rotate(q_BHTP, past), rotate(k_BHTP, 0)
         if past == 0 and documents is None and time_ <= self.window:
-            y_BHTP = F.scaled_dot_product_attention(q_BHTP, k_BHTP, v_BHTP, is_causal=True)
+            attention = functools.partial(F.scaled_dot_product_attention, is_causal=True)
         else:
             query = torch.arange(past, past + time_, device=u_BTD.device)[:, None]
             key = torch.arange(past + time_, device=u_BTD.device)[None, :]
@@ -784,7 +785,8 @@ class CausalAttention(nn.Module):
                 if past > 0 and documents.before_BS is not None:
                     ids_BU = torch.cat([documents.before_BS, ids_BU], dim=1)
                 allowed = (allowed & (documents.now_BT[:, :, None] == ids_BU[:, None, :]))[:, None]
-            y_BHTP = F.scaled_dot_product_attention(q_BHTP, k_BHTP, v_BHTP, attn_mask=allowed)
+            attention = functools.partial(F.scaled_dot_product_attention, attn_mask=allowed)
+        y_BHTP = in_default_products(attention, q_BHTP, k_BHTP, v_BHTP)
         return self.out_proj(y_BHTP.transpose(1, 2).reshape(batch, time_, width)), new_state
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common.cpu
-from common.cpu import float32_product_error, processor_name, tune_cpu_process
+from common.cpu import float32_product_error, in_default_products, processor_name, tune_cpu_process
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,10 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
-def fast_machine(monkeypatch, capability="AVX512"):
+def fast_machine(monkeypatch, capability="AVX512", vendor="AuthenticAMD"):
+    known = {"vendor_id": vendor, "model name": "Some Processor"}
+    monkeypatch.setattr(common.cpu, "_cpuinfo", known.__getitem__)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -51,9 +54,10 @@ def test_leave_to_round_is_withdrawn_where_it_is_used(error, chosen, monkeypatch
     assert ("by oneDNN" in said, "would round" in said) == (chosen == "medium", chosen == "highest")
 
 
-@pytest.mark.parametrize("obstacle", ["cuda", "instructions", "library"])
+@pytest.mark.parametrize("obstacle", ["cuda", "instructions", "library", "vendor"])
 def test_nothing_is_set_where_it_would_do_harm_or_nothing(obstacle, monkeypatch):
-    fast_machine(monkeypatch, "AVX2" if obstacle == "instructions" else "AVX512")
+    vendor = "GenuineIntel" if obstacle == "vendor" else "AuthenticAMD"
+    fast_machine(monkeypatch, "AVX2" if obstacle == "instructions" else "AVX512", vendor)
     if obstacle == "cuda":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if obstacle == "library":
@@ -62,11 +66,47 @@ def test_nothing_is_set_where_it_would_do_harm_or_nothing(obstacle, monkeypatch)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("setting", ["highest", "medium"])
+def test_default_products_hold_forward_and_backward_and_not_longer(setting):
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, left, right):
+            seen.append(torch.get_float32_matmul_precision())
+            ctx.save_for_backward(left, right)
+            return left @ right
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.append(torch.get_float32_matmul_precision())
+            left, right = ctx.saved_tensors
+            return dy @ right.T, left.T @ dy
+
+    torch.set_float32_matmul_precision(setting)
+    left, right, scale = torch.randn(5, 3, requires_grad=True), torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    y = in_default_products(lambda a, b, c: Watched.apply(a, b) * c, left, right, scale)
+    (2 * y).sum().backward()
+    assert seen == ["highest", "highest"]
+    assert torch.get_float32_matmul_precision() == setting
+    torch.testing.assert_close(y, (left @ right) * scale)
+    torch.testing.assert_close(left.grad, 2 * scale @ right.T)
+    torch.testing.assert_close(right.grad, 2 * left.T @ scale)
+    assert scale.grad is None
+
+
+def test_default_products_end_with_an_error():
+    torch.set_float32_matmul_precision("medium")
+    with pytest.raises(RuntimeError):
+        in_default_products(torch.matmul, torch.zeros(2, 3), torch.zeros(2, 3))
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
 def test_a_processor_is_known_by_name_and_instructions(monkeypatch):
-    fast_machine(monkeypatch, "AVX512")
-    wide = processor_name()
-    fast_machine(monkeypatch, "AVX2")
-    assert wide.endswith(", AVX512")
-    assert processor_name() == wide.replace("AVX512", "AVX2")
+    named = processor_name()
     if common.cpu.Path("/proc/cpuinfo").is_file():
-        assert wide.partition(",")[0] in common.cpu.Path("/proc/cpuinfo").read_text()
+        assert named.partition(",")[0] in common.cpu.Path("/proc/cpuinfo").read_text()
+    fast_machine(monkeypatch, "AVX512")
+    assert processor_name() == "Some Processor, AVX512"
+    fast_machine(monkeypatch, "AVX2")
+    assert processor_name() == "Some Processor, AVX2"
