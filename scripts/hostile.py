@@ -566,7 +566,7 @@ class LmCheckpoint(Kind):
     def read(self, data: bytes) -> None:
         self.path.write_bytes(data)
         trainer = self.run.trainer
-        _, _, loader_state = self.entry.load_checkpoint(self.run.folder, trainer.masters, trainer.optimizers)
+        _, loader_state = self.entry.load_checkpoint(self.run.folder, trainer.masters, trainer.optimizers)
         if loader_state is not None:
             self.run.new_loader().restore(loader_state)
 

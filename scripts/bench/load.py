@@ -248,7 +248,7 @@ def lm_checkpoint(width: int, layers: int, folder: str) -> dict[str, Any]:
     saves, loads = [], []
     for step in range(3):
         began_s = time.perf_counter()
-        entry.save_checkpoint(run, trainer.masters, trainer.optimizers, step, 0.0, {})
+        entry.save_checkpoint(run, trainer.masters, trainer.optimizers, entry.Progress(step, 0.0), {})
         saves.append(time.perf_counter() - began_s)
         began_s = time.perf_counter()
         entry.load_checkpoint(run, trainer.masters, trainer.optimizers)

@@ -200,6 +200,8 @@ class Config:
     seq_len_start: int = option(0, "windows start at this length and double up to train_seq_len; 0: no schedule")
     seq_len_full_at: float = option(0.5, "fraction of the run from which windows have train_seq_len")
     train_batch_tokens: int = option(524288, "tokens a step over all ranks")
+    batch_tokens_start: int = option(0, "batches start at these and double up to train_batch_tokens; 0: no schedule")
+    batch_full_at: float = option(0.5, "fraction of the run from which batches have train_batch_tokens")
     micro_batch_tokens: int = option(65536, "tokens a forward pass of one rank at most")
     iterations: int = option(100000, "steps at most")
     max_wallclock_seconds: float = option(600.0, "training seconds at most, counting all that learns; 0: no limit")
@@ -285,6 +287,11 @@ class Config:
     @property
     def window(self) -> int:
         return self.attn_window or self.train_seq_len
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens of a loader's batch, over all ranks; a step takes a whole number of these."""
+        return self.batch_tokens_start or self.train_batch_tokens
 
 
 # What the model of an artifact is: everything else is about how it was trained.
@@ -408,13 +415,12 @@ def check_config(config: Config) -> None:
             raise ConfigError(f"{f.name} is {value}; it must be finite and at least {least}")
     c, layers = config, config.attention_blocks()
     again = [int(i) if i.strip().isdecimal() else -1 for i in c.repeat_blocks.split(",") if i.strip()]
-    doublings = c.train_seq_len // c.seq_len_start if c.seq_len_start else 1
     rules = [
         ((c.expand * c.model_dim) % c.headdim == 0, "headdim must divide expand * model_dim"),
         ((c.expand * c.model_dim // c.headdim) % c.ngroups == 0, "ngroups must divide the number of heads"),
         (c.d_conv > 1, "d_conv must be at least 2"),
         (c.sigreg_knots > 1, "sigreg_knots must be at least 2"),
-        (c.train_batch_tokens % c.train_seq_len == 0, "train_seq_len must divide train_batch_tokens"),
+        (c.drawn_tokens % c.train_seq_len == 0, "train_seq_len must divide train_batch_tokens (or batch_tokens_start)"),
         (not layers or c.model_dim % c.attn_headdim == 0, "attn_headdim must divide model_dim"),
         (all(0 <= i < c.num_layers for i in layers), "attn_layers are block numbers that must lie below num_layers"),
         (c.tokenizer != "byte" or c.vocab_size == 256, "byte mode has a vocabulary of 256"),
@@ -429,10 +435,10 @@ def check_config(config: Config) -> None:
             "repeat_blocks are block numbers below num_layers, one after the other",
         ),
         (
-            doublings.bit_count() == 1 and c.seq_len_start * doublings == (c.train_seq_len if c.seq_len_start else 0),
-            "train_seq_len must be seq_len_start times a power of two",
+            can_double(c.seq_len_start, c.train_seq_len) and can_double(c.batch_tokens_start, c.train_batch_tokens),
+            "train_seq_len and train_batch_tokens must be seq_len_start and batch_tokens_start times a power of two",
         ),
-        (c.jepa_until <= 1 and c.seq_len_full_at <= 1, "fractions lie in [0, 1]"),
+        (max(c.jepa_until, c.seq_len_full_at, c.batch_full_at) <= 1, "fractions lie in [0, 1]"),
         (not c.clock_from or c.max_wallclock_seconds > 0, "clock_from needs the max_wallclock_seconds of that run"),
         (c.warmdown_by != "time" or c.max_wallclock_seconds > 0, "warmdown_by=time needs max_wallclock_seconds"),
         (c.warmdown_fraction <= 1 and c.qat_fraction <= 1 and c.ema_start_fraction <= 1, "fractions lie in [0, 1]"),
@@ -1436,10 +1442,16 @@ class Prefetcher:
         x_BT, y_BT, document_ids_BT = map(self._tensor, (batch.x_BT, batch.y_BT, batch.document_ids_BT))
         return StepBatch(x_BT, y_BT, document_ids_BT, self.loader.state())
 
-    def next(self) -> StepBatch:
-        """The next batch in order; an error of the loader is raised here. Its loader_state is the state after it."""
-        self.pending.append(self.pool.submit(self._draw))
-        return self.pending.popleft().result()
+    def next(self, batches: int = 1) -> StepBatch:
+        """The next batches in order, as one; an error of the loader is raised here. Its state is the one after them."""
+        drawn = []
+        for _ in range(batches):
+            self.pending.append(self.pool.submit(self._draw))
+            drawn.append(self.pending.popleft().result())
+        if batches == 1:
+            return drawn[0]
+        x_BT, y_BT, document_ids_BT = (torch.cat(parts) for parts in zip(*(batch[:3] for batch in drawn), strict=True))
+        return StepBatch(x_BT, y_BT, document_ids_BT, drawn[-1].loader_state)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -2198,8 +2210,7 @@ def save_checkpoint(
     folder: RunFolder,
     masters: Masters,
     optimizers: Mapping[str, torch.optim.Optimizer],
-    step: int,
-    elapsed_s: float,
+    at: Progress,
     loader_state: dict[str, Any],
 ) -> None:
     """Write checkpoints/step_N.safetensors, read it back, and keep the newest `checkpoint_keep`. Leader only.
@@ -2219,12 +2230,13 @@ def save_checkpoint(
     from safetensors import SafetensorError  # not on top: a bench of steps needs no file format
     from safetensors.torch import save_file
 
-    header = {"step": step, "elapsed_s": elapsed_s, "loader": loader_state, "config": asdict(folder.config)}
+    header = {"step": at.step, "elapsed_s": at.elapsed_s, "tokens": at.tokens}
+    header |= {"loader": loader_state, "config": asdict(folder.config)}
     header |= {"steps_nats": masters.steps_nats, "skipped": int(masters.skipped)}
     header |= {"logged_bytes": folder.sync_log(), "validated_step": folder.validated_step}
     state, tensors = json.dumps(header), {k: t.cpu().contiguous() for k, t in tensors.items()}
     metadata = {"state": state, "blake2b": checkpoint_digest(state, tensors)}
-    path = folder.checkpoint_of(step)
+    path = folder.checkpoint_of(at.step)
     temporary = path.with_name(f".{path.name}.tmp")
     with storing(path):
         try:
@@ -2247,15 +2259,15 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: RunFolder, masters: Masters, optimizers: Mapping[str, torch.optim.Optimizer]
-) -> tuple[int, float, dict[str, Any] | None]:
-    """Restore the newest readable checkpoint: (step, elapsed seconds, loader state); (0, 0.0, None) without one.
+) -> tuple[Progress, dict[str, Any] | None]:
+    """Restore the newest readable checkpoint: where the run stood, loader state; the start and None without one.
 
     A damaged file is named and the one before it used. Raises CheckpointError if every one is damaged or of another
     configuration.
     """
     found = sorted(folder.checkpoints.glob("step_*.safetensors"), reverse=True)
     if not found:
-        return 0, 0.0, None
+        return Progress(0, 0.0), None
     for path in found:
         try:
             header, tensors = read_checkpoint(path)
@@ -2286,7 +2298,10 @@ def load_checkpoint(
                     if state:
                         state_dict["state"][i] = state
                 optimizer.load_state_dict(state_dict)
-            return int(header["step"]), float(header["elapsed_s"]), header["loader"]
+            step = int(header["step"])
+            # Before batches could grow, nobody counted their tokens.
+            tokens = int(header.get("tokens", step * folder.config.train_batch_tokens))
+            return Progress(step, float(header["elapsed_s"]), tokens=tokens), header["loader"]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"checkpoint {path} does not fit this model ({type(error).__name__}: {error}); delete it, or start "
@@ -2491,6 +2506,7 @@ class Progress(NamedTuple):
     step: int
     elapsed_s: float
     reserved_s: float = 0.0  # seconds at the end of the clock that are not for steps: the temperature search
+    tokens: int = 0  # learnt from so far, over all ranks
 
     def fraction(self, config: Config) -> float:
         by_steps = self.step / config.iterations
@@ -2526,12 +2542,27 @@ def sigreg_lambda_at(at: Progress, config: Config) -> float:
     return config.sigreg_lambda * ramp * jepa_scale_at(at, config)
 
 
+def can_double(start: int, full: int) -> bool:
+    """Is full the start times a power of two (or start 0, for no schedule)?"""
+    return start == 0 or (full % start == 0 and (full // start).bit_count() == 1)
+
+
+def doubled_at(at: Progress, config: Config, start: int, full: int, full_at: float) -> int:
+    """`start`, doubled at equal shares of the time before the fraction `full_at` of the run; `full` after it."""
+    if start == 0 or at.fraction(config) >= full_at:
+        return full
+    doublings = (full // start).bit_length() - 1
+    return start << int(at.fraction(config) / full_at * doublings)
+
+
 def seq_len_at(at: Progress, config: Config) -> int:
-    """Tokens of a window: seq_len_start, doubled at equal shares of the time before seq_len_full_at."""
-    if config.seq_len_start == 0 or at.fraction(config) >= config.seq_len_full_at:
-        return config.train_seq_len
-    doublings = (config.train_seq_len // config.seq_len_start).bit_length() - 1
-    return config.seq_len_start << int(at.fraction(config) / config.seq_len_full_at * doublings)
+    """Tokens of a window."""
+    return doubled_at(at, config, config.seq_len_start, config.train_seq_len, config.seq_len_full_at)
+
+
+def batch_tokens_at(at: Progress, config: Config) -> int:
+    """Tokens of a step over all ranks: a whole number of the loader's batches."""
+    return doubled_at(at, config, config.batch_tokens_start, config.train_batch_tokens, config.batch_full_at)
 
 
 class StepPlan(NamedTuple):
@@ -2595,7 +2626,7 @@ class Trainer:
         self.loss = torch.compile(self.model) if config.compile_model else self.model
         self.captured = CapturedStep(self.update) if config.cuda_graphs else None
         self.current: Mapping[str, float | Tensor] = self.numbers(Progress(0, 0.0))
-        self.skipped_batch: tuple[Tensor, Tensor, Tensor] | None = None  # step, x and y of the last one skipped
+        self.skipped_batch: tuple[Tensor, ...] | None = None  # of the last one: step, windows, x and y, room for more
         # A graph reads the numbers that change from step to step out of the device's memory.
         self.rates = {name: torch.zeros((), device=ranks.device) for name in self.current}
 
@@ -2671,12 +2702,17 @@ class Trainer:
         self.masters.skipped += bad
         step = self.current["step"]
         step = step if isinstance(step, Tensor) else torch.full((), step, device=bad.device)
+        length = self.config.train_seq_len  # windows as the loader gave them, however short the step's pieces are
+        x_BT, y_BT = x_BT.view(-1, length), y_BT.view(-1, length)
+        windows = torch.full_like(step, len(x_BT))
         if self.skipped_batch is None:
-            length = self.config.train_seq_len  # windows as the loader gave them, however short the step's pieces are
-            x_kept, y_kept = (torch.zeros_like(t).view(-1, length) for t in (x_BT, y_BT))
-            self.skipped_batch = (torch.zeros_like(step), x_kept, y_kept)
-        for kept, new in zip(self.skipped_batch, (step, x_BT, y_BT), strict=True):
-            kept.copy_(torch.where(bad, new.view_as(kept), kept))
+            most = max(len(x_BT), self.config.train_batch_tokens // length // self.ranks.world)
+            x_kept, y_kept = (t.new_zeros(most, length) for t in (x_BT, y_BT))
+            self.skipped_batch = (torch.zeros_like(step), torch.zeros_like(step), x_kept, y_kept)
+        step_kept, windows_kept, x_kept, y_kept = self.skipped_batch
+        places = (step_kept, windows_kept, x_kept[: len(x_BT)], y_kept[: len(y_BT)])
+        for kept, new in zip(places, (step, windows, x_BT, y_BT), strict=True):
+            kept.copy_(torch.where(bad, new, kept))
 
     def step(self, batch: StepBatch, at: Progress) -> dict[str, Tensor]:
         """One optimizer step. Returns this rank's detached losses, and the gradient norm before clipping.
@@ -2759,7 +2795,7 @@ class Trainer:
         return last_s
 
     def calibration_batches(self) -> int:
-        return max(1, round(self.config.temp_calib_tokens / self.config.train_batch_tokens))
+        return max(1, round(self.config.temp_calib_tokens / self.config.drawn_tokens))
 
     def temperature(self, batches: Sequence[StepBatch]) -> float:
         """Temperature of the weights that would ship, on training text."""
@@ -2847,25 +2883,25 @@ class Run:
                 declared = "as declared by eval_tokens_per_s"
                 check_evaluation(mode, computed, config.eval_tokens_per_s, config, declared)
         self.readings = read_clock(config.clock_from) if config.clock_from else []
-        self.batch_rows = config.train_batch_tokens // config.train_seq_len
+        self.batch_rows = config.drawn_tokens // config.train_seq_len
         if self.batch_rows % ranks.world:
-            raise ConfigError(f"train_batch_tokens is {self.batch_rows} windows, not a multiple of {ranks.world} ranks")
+            name = "batch_tokens_start" if config.batch_tokens_start else "train_batch_tokens"
+            raise ConfigError(f"{name} is {self.batch_rows} windows, not a multiple of {ranks.world} ranks")
         self.folder = RunFolder(config, ranks, command.log_json)
         self.folder.open(command)
         self.trainer = Trainer(config, self.kernels, ranks)
         loader = self.new_loader()
-        step, elapsed_s, loader_state = load_checkpoint(self.folder, self.trainer.masters, self.trainer.optimizers)
+        self.at, loader_state = load_checkpoint(self.folder, self.trainer.masters, self.trainer.optimizers)
         if loader_state is not None:
             loader.restore(loader_state)
         self.loader, self.loader_state = loader, loader.state()
-        self.at = Progress(step, elapsed_s)
         self.trainer.masters.publish(on_grid_at(self.at, config))
-        self.folder.begin_logs(step, ranks.device, self.kernels)
+        self.folder.begin_logs(self.at.step, ranks.device, self.kernels)
         self.params = sum(p.numel() for p in self.trainer.model.lm.parameters())
         self.training_only_params = sum(p.numel() for p in self.trainer.masters.master.values()) - self.params
         self.folder.text(
             f"parameters: {self.params:,} shipped, {self.training_only_params:,} training only; "
-            f"step {step}, {elapsed_s:.1f} s behind us"
+            f"step {self.at.step}, {self.at.elapsed_s:.1f} s behind us"
         )
 
     def new_loader(self) -> TokenLoader:
@@ -2895,7 +2931,9 @@ class Run:
         last_s = self.trainer.rehearse(self.new_loader(), self.at, self.rehearse_last)
         # Twice: a machine may be slower at the end than at the beginning, and a second over the limit is no record.
         self.at = self.at._replace(reserved_s=self.ranks.from_leader(2.0 * last_s))
-        prefetcher, first_step = Prefetcher(self.loader, self.ranks.device), self.at.step + 1
+        # Two steps ahead, however many of the loader's batches the largest one takes.
+        ahead = 2 * config.train_batch_tokens // config.drawn_tokens
+        prefetcher, first_step = Prefetcher(self.loader, self.ranks.device, ahead), self.at.step + 1
         last_step_s, logged = 0.0, self.at
         with interruption.deferred(), contextlib.closing(prefetcher):
             clock = Clock(self.ranks, config.clock, self.at.elapsed_s, interruption)
@@ -2904,7 +2942,7 @@ class Run:
             clock.start()
             while self.at.step < config.iterations:
                 if self.readings:
-                    self.at = self.readings[self.at.step]
+                    self.at = self.readings[self.at.step]._replace(tokens=self.at.tokens)
                     if self.at.step == len(self.readings) - 1:
                         break
                 elif 0 < config.max_wallclock_seconds <= self.at.elapsed_s + last_step_s + self.at.reserved_s:
@@ -2918,13 +2956,15 @@ class Run:
                     self.trainer.masters.publish(on_grid_at(self.at, config))
                     if self.trainer.captured is not None:
                         self.trainer.captured.forget()
-                batch = prefetcher.next()
+                batch_tokens = batch_tokens_at(self.at, config)
+                batch = prefetcher.next(batch_tokens // config.drawn_tokens)
                 losses = self.trainer.step(batch, self.at)
                 self.loader_state = batch.loader_state
                 elapsed_s, interrupted = clock.step_done()
                 last_step_s = elapsed_s - self.at.elapsed_s
                 step = self.at.step + 1
-                self.at = self.readings[step] if self.readings else self.at._replace(step=step, elapsed_s=elapsed_s)
+                stands = self.readings[step] if self.readings else self.at._replace(step=step, elapsed_s=elapsed_s)
+                self.at = stands._replace(tokens=self.at.tokens + batch_tokens)
                 if step == first_step:
                     self.folder.text(f"first step done after {time.perf_counter() - began_s:.1f} s, warmup included")
                 if config.train_log_every > 0 and (step % config.train_log_every == 0 or step == 1):
@@ -2971,7 +3011,7 @@ class Run:
         return due and not self.trainer.masters.steps
 
     def statistics_batches(self) -> int:
-        return max(1, round(self.config.statistics_tokens / self.config.train_batch_tokens))
+        return max(1, round(self.config.statistics_tokens / self.config.drawn_tokens))
 
     def artifact_budget_bytes(self) -> int:
         c = self.config
@@ -3027,13 +3067,12 @@ class Run:
         x_N, y_N = batch.x_BT.cpu().numpy().ravel(), batch.y_BT.cpu().numpy().ravel()
         spelled_bytes = int(token_bytes(self.validation.table, x_N, y_N).sum())
         values["train_bpb"] = bits_per_byte(values.get("ce", math.nan) * len(y_N), spelled_bytes)
-        tokens = (at.step - logged.step) * config.train_batch_tokens
-        tokens_per_s = tokens / max(at.elapsed_s - logged.elapsed_s, 1e-9)
+        tokens_per_s = (at.tokens - logged.tokens) / max(at.elapsed_s - logged.elapsed_s, 1e-9)
         entry = {
             "event": "step",
             "step": at.step,
             "elapsed_s": at.elapsed_s,
-            "tokens": at.step * config.train_batch_tokens,
+            "tokens": at.tokens,
             "tokens_per_s": tokens_per_s,
             "eta_s": seconds_left(at, config),
             "memory_bytes": held_memory_bytes(self.ranks.device),
@@ -3053,10 +3092,10 @@ class Run:
         skipped, kept = int(self.trainer.masters.skipped), self.trainer.skipped_batch
         if skipped <= self.config.nonfinite_limit or kept is None:
             return
-        step, x_BT, y_BT = (tensor.cpu().numpy() for tensor in kept)
+        step, windows, x_BT, y_BT = (tensor.cpu().numpy() for tensor in kept)
         path = self.folder.path / f"nonfinite_rank{self.ranks.rank}.npz"
         content = io.BytesIO()
-        np.savez(content, step=step, x_BT=x_BT, y_BT=y_BT)
+        np.savez(content, step=step, x_BT=x_BT[: int(windows)], y_BT=y_BT[: int(windows)])
         write_atomically(path, content.getvalue())
         raise TrainingError(
             f"step {self.at.step}: {skipped} steps had gradients that are not finite, at most "
@@ -3072,7 +3111,7 @@ class Run:
     def save(self) -> None:
         if self.ranks.leads:
             masters, optimizers = self.trainer.masters, self.trainer.optimizers
-            save_checkpoint(self.folder, masters, optimizers, self.at.step, self.at.elapsed_s, self.loader_state)
+            save_checkpoint(self.folder, masters, optimizers, self.at, self.loader_state)
 
     def complete(self, interruption: Interruption) -> None:
         """Train, export and score; a SIGTERM on the way leaves a checkpoint. Raises Preempted behind it."""
@@ -3107,7 +3146,7 @@ class Run:
             val_loss=result.loss,
             val_tokens=result.tokens,
             eval_mode=mode,
-            trained_tokens=self.at.step * self.config.train_batch_tokens,
+            trained_tokens=self.at.tokens,
         )
         self.folder.validated_step = self.at.step
 
@@ -3141,7 +3180,7 @@ class Run:
             "params": self.params,
             "training_only_params": self.training_only_params,
             "steps": self.at.step,
-            "tokens": self.at.step * config.train_batch_tokens,
+            "tokens": self.at.tokens,
             "train_s": train_s,
             "clock": config.clock,
             "seed": config.seed,

@@ -15,6 +15,7 @@ import torch
 
 from common.errors import ConfigError
 from common.quant.grid import GridSpec
+from common.text.loader import TokenLoader
 from submissions.jepa_mamba import train_gpt
 from submissions.jepa_mamba.train_gpt import (
     Pace,
@@ -24,6 +25,7 @@ from submissions.jepa_mamba.train_gpt import (
     Trainer,
     TrainingModel,
     adapted_nll,
+    batch_tokens_at,
     check_evaluation,
     covariance_penalty,
     gain_by_position,
@@ -120,6 +122,8 @@ def test_muon_options_change_the_step(options: dict) -> None:
         ({"repeat_blocks": "2,1"}, "repeat_blocks"), ({"repeat_blocks": "0,2"}, "repeat_blocks"),
         ({"repeat_blocks": "3"}, "repeat_blocks"), ({"repeat_blocks": "x"}, "repeat_blocks"),
         ({"seq_len_start": 12}, "power of two"), ({"seq_len_start": 64}, "power of two"),
+        ({"batch_tokens_start": 96}, "power of two"), ({"batch_tokens_start": 16}, "must divide"),
+        ({"batch_full_at": 1.5}, "fractions"),
         ({"jepa_stride": 11}, "jepa_steps"), ({"jepa_layer": 4}, "jepa_layer"), ({"jepa_until": 1.5}, "fractions"),
         ({"clock_from": "r"}, "clock_from needs"), ({"clock": "sun"}, "wall, cpu"),
     ],
@@ -153,10 +157,68 @@ def test_a_batch_is_skipped_whole_at_every_window() -> None:
             torch.tensor(False), *(t.view(-1, seq_len_at(Progress(step, 0.0), config)) for t in batch[:2])
         )
         assert trainer.skipped_batch is not None
-        assert all(torch.equal(kept, given) for kept, given in zip(trainer.skipped_batch[1:], batch[:2], strict=True))
+        assert all(torch.equal(kept, given) for kept, given in zip(trainer.skipped_batch[2:], batch[:2], strict=True))
         trainer.step(batch, Progress(step, 0.0))  # a good step of another length keeps what was bad
-        assert torch.equal(trainer.skipped_batch[1], batch[0])
+        assert torch.equal(trainer.skipped_batch[2], batch[0])
     assert int(trainer.masters.skipped) == 3
+
+
+def test_batches_grow_by_whole_batches_of_the_loader(byte_data: Path) -> None:
+    config = tiny(batch_tokens_start=64, batch_full_at=0.5)
+    assert config.drawn_tokens == 64
+    tokens = [batch_tokens_at(Progress(s, 0.0), config) for s in (0, 4, 5, 9, 10, 19)]
+    assert tokens == [64, 64, 128, 128, 256, 256]
+    assert batch_tokens_at(Progress(0, 0.0), tiny()) == tiny().train_batch_tokens
+
+    def loader() -> TokenLoader:
+        shards = train_gpt.list_shards(str(byte_data / "*_train_*.bin"))
+        return TokenLoader(shards, seq_len=32, batch_sequences=2, seed=3, bos_id=None, vocab_size=256)
+
+    drawing, plain = train_gpt.Prefetcher(loader(), ALONE.device, depth=3), loader()
+    for parts in (1, 1, 2, 4):
+        found, wanted = drawing.next(parts), [plain.next_batch() for _ in range(parts)]
+        for name in ("x_BT", "y_BT", "document_ids_BT"):
+            joined = np.concatenate([getattr(batch, name) for batch in wanted])
+            assert np.array_equal(getattr(found, name).numpy(), joined), name
+        assert found.loader_state == plain.state()
+    drawing.close()
+
+
+def test_a_run_of_growing_batches_counts_its_tokens_and_resumes(byte_data: Path, tmp_path: Path) -> None:
+    arguments = flags(
+        data_path=byte_data, runs_dir=tmp_path, run_id="run", batch_tokens_start=64, checkpoint_every=8,
+        temp_calib_tokens=128,
+    )  # fmt: skip
+    assert main(arguments) == 0
+
+    def told() -> tuple[list[tuple[int, int, float]], int, bytes]:
+        events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        steps = [(e["step"], e["tokens"], e["ce"]) for e in events if e["event"] == "step"]
+        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        return steps, summary["tokens"], (tmp_path / "run/model.artifact").read_bytes()
+
+    whole = told()
+    assert [tokens for _, tokens, _ in whole[0]] == list(itertools.accumulate([64] * 5 + [128] * 5 + [256] * 10))
+    assert whole[1] == 3520
+    (tmp_path / "run/summary.json").unlink()  # as if killed behind step 8, where batches are 128
+    (tmp_path / "run/checkpoints/step_00000016.safetensors").unlink()
+    assert main(arguments) == 0
+    assert told() == whole
+
+
+def test_a_skipped_batch_is_kept_whole_while_batches_grow() -> None:
+    config = tiny(batch_tokens_start=64)
+    trainer = Trainer(config, KERNELS, ALONE)
+    whole = batch_of(config)
+    for rows in (2, 8, 4):
+        x_BT, y_BT = whole.x_BT[-rows:] + rows, whole.y_BT[-rows:]
+        trainer.skip_unless(torch.tensor(False), x_BT, y_BT)
+        trainer.skip_unless(torch.tensor(True), whole.x_BT[:2], whole.y_BT[:2])
+        assert trainer.skipped_batch is not None
+        _, windows, x_kept, y_kept = trainer.skipped_batch
+        assert int(windows) == rows
+        assert torch.equal(x_kept[:rows], x_BT)
+        assert torch.equal(y_kept[:rows], y_BT)
 
 
 def test_latent_objectives_fade() -> None:

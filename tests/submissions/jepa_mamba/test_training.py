@@ -487,7 +487,7 @@ def test_a_gradient_that_is_not_finite_counts_as_zero(monkeypatch) -> None:
     assert [int(trainer.masters.skipped) for trainer in trainers] == [1, 0]
     poisoned, zero = (trainer.masters.master for trainer in trainers)
     assert all(torch.equal(poisoned[name], zero[name]) for name in zero)
-    step, x_BT, _ = trainers[0].skipped_batch or (None, None, None)
+    step, _, x_BT, _ = trainers[0].skipped_batch or (None,) * 4
     assert step is not None
     assert int(step) == 1
     assert torch.equal(x_BT, batch_of(trainers[0].config, 1).x_BT)
