@@ -56,6 +56,10 @@ leaderboard: $(STAMP)  ## write submissions/leaderboards (TRACK=mini, RUNS='runs
 ablate: $(STAMP)  ## a paired ablation, run or resumed, and its report (SPEC=scripts/ablations/NAME.toml, DATA=folder, ARGS=--report)
 	PYTHONPATH=. $(PY) scripts/ablate.py $(SPEC) --data $(DATA) $(ARGS)
 
+.PHONY: recipe-search
+recipe-search: $(STAMP)  ## write submissions/jepa_mamba/RECIPE.md from benchmarks/ablations
+	PYTHONPATH=. $(PY) scripts/recipe_search.py $(ARGS)
+
 .PHONY: jepa-answer
 jepa-answer: $(STAMP)  ## write submissions/jepa_mamba/TO_JEPA_OR_NOT.md from benchmarks/ablations
 	PYTHONPATH=. $(PY) scripts/jepa_answer.py $(ARGS)

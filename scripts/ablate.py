@@ -611,7 +611,7 @@ def arm_table(result: Mapping[str, Any], budget: str) -> str:
 
 
 def limits_text(limits: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {shown(value)}" for name, value in limits.items())
+    return ", ".join(f"{name} {shown(value) or '(empty)'}" for name, value in limits.items())
 
 
 def prices_text(part: Mapping[str, Any]) -> str:

@@ -8,21 +8,18 @@ words between the figures.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, GolfError
+from common.errors import GolfError
 from common.files import write_atomically
-from scripts.ablate import Spec, arm_table, interval_text, limits_text, prices_text, read_spec
+from scripts.ablate import interval_text
 from scripts.readme_tables import replace_between
+from scripts.studies import KEPT, ROOT, read_kept, study
 
-ROOT = Path(__file__).resolve().parents[1]
-SPECS = ROOT / "scripts" / "ablations"
-KEPT = ROOT / "benchmarks" / "ablations"
 DOCUMENT = ROOT / "submissions" / "jepa_mamba" / "TO_JEPA_OR_NOT.md"
 README = DOCUMENT.with_name("README.md")
 PRIMARY = "time"  # the budget in which an arm pays for its objective
@@ -47,9 +44,9 @@ def winners(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def complete(result: Mapping[str, Any]) -> bool:
-    """Is every arm of the primary budget there with every seed?"""
-    arms = result["budgets"].get(PRIMARY, {"arms": {}})["arms"]
+def complete(result: Mapping[str, Any], budget: str = PRIMARY) -> bool:
+    """Is every arm of a budget there with every seed?"""
+    arms = result["budgets"].get(budget, {"arms": {}})["arms"]
     return set(arms) == set(result["arms"]) and all(arms[arm]["seeds"] == sorted(result["seeds"]) for arm in arms)
 
 
@@ -68,8 +65,21 @@ def answer(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     at_size = f" On one H200: {', '.join(found['jepa_h200']) or 'none'}." if "jepa_h200" in found else ""
     if best:
         return f"**To JEPA**: {', '.join(f'`{arm}`' for arm in best)} met the preregistered rule.{at_size}"
-    more = f" The search names {', '.join(candidates)}, not confirmed." if candidates else ""
+    more = f" The search names {', '.join(candidates)}, not confirmed." if candidates else searched(results)
     return f"**Not to JEPA**: no arm of the main study met the preregistered rule. `best_*` have it off.{more}{at_size}"
+
+
+def searched(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """What the search among other forms found at equal steps, once all of them have run; empty before."""
+    search = results.get("jepa_forms_mini")
+    if search is None or not complete(search, "steps"):
+        return ""
+    found = search["budgets"]["steps"]["arms"]
+    forms = [arm for arm in found if arm not in (*CONTROLS, search["reference"])]
+    least = -search["minimum_effect_bpb"]
+    better = [arm for arm in forms if found[arm]["val_bpb_difference"]["mean"] <= least]
+    said = f"{', '.join(better)} in the mean" if better else "none"
+    return f" Of {len(forms)} other forms, with {len(search['seeds'])} seeds, {said} teaches more in as many steps."
 
 
 def latent_table(result: Mapping[str, Any], budget: str) -> str:
@@ -87,37 +97,9 @@ def latent_table(result: Mapping[str, Any], budget: str) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def study(spec: Spec, path: Path, result: Mapping[str, Any] | None) -> list[str]:
-    """The section of one study."""
-    parts = [f"## {spec.name}", spec.about]
-    arms = "\n".join(f"| {arm} | {limits_text(changes) or '–'} |" for arm, changes in spec.arms.items())
-    every = limits_text({k: v for options in spec.options.values() for k, v in options.items()})
-    seeds = ", ".join(map(str, spec.seeds))
-    file = path.relative_to(ROOT).as_posix()
-    parts.append(
-        f"Preregistered in `{file}` (sha256 {spec.sha256[:16]}): seeds {seeds}; smallest effect "
-        f"{spec.minimum_effect_bpb} bpb; reference `{spec.reference}`, placebo `{spec.placebo}`; every arm has {every}."
-    )
-    parts.append(f"| arm | options |\n| --- | --- |\n{arms}")
-    data = "english-docs-bpe8192" if spec.name.endswith("h200") else "english-docs-ablate"
-    command = f"make ablate SPEC={file} DATA=data/{data}"
-    keep = f"ARGS='--keep benchmarks/ablations/{spec.name}.json'"
-    parts.append(f"```\n{command} {keep}\nmake jepa-answer\n```")
-    if result is None or not result["finished_runs"]:
-        return [*parts, "No runs yet."]
-    if result["spec_sha256"] != spec.sha256:
-        parts.append(
-            f"**The spec was changed after these runs (they had sha256 {result['spec_sha256'][:16]}): they are not "
-            "preregistered by the file as it is now.**"
-        )
-    parts.append(f"{result['finished_runs']} of {result['planned_runs']} runs are finished.")
-    for budget, part in result["budgets"].items():
-        parts += [f"### {budget}: {limits_text(part['limits'])}", f"Placebo: {part['placebo']}."]
-        parts += [*filter(None, [prices_text(part)]), arm_table(result, budget)]
-        latents = latent_table(result, budget)
-        if latents:
-            parts += ["The latent objectives at the last measurement of a run, means over seeds:", latents]
-    return parts
+def latent_part(result: Mapping[str, Any], budget: str) -> list[str]:
+    table = latent_table(result, budget)
+    return ["The latent objectives at the last measurement of a run, means over seeds:", table] if table else []
 
 
 LIMITS = """## Limits of the evidence
@@ -143,8 +125,10 @@ def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
         " controls cannot win.",
     ]
     for name in STUDIES:
-        path = SPECS / f"{name}.toml"
-        parts += study(read_spec(path), path, results.get(name))
+        data = "english-docs-bpe8192" if name.endswith("h200") else "english-docs-ablate"
+        parts += study(
+            name, results.get(name), data=data, make="jepa-answer", intent="Preregistered", after_budget=latent_part
+        )
     return "\n\n".join([*parts, LIMITS]) + "\n"
 
 
@@ -172,19 +156,6 @@ def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     return "\n\n".join([answer(results), "\n".join(lines), about])
 
 
-def read_kept(folder: Path) -> dict[str, dict[str, Any] | None]:
-    """Kept reports by study, None where there is none. Raises DataError for a file of another study."""
-    found: dict[str, dict[str, Any] | None] = {}
-    for name in STUDIES:
-        spec = read_spec(SPECS / f"{name}.toml")
-        path = folder / f"{spec.name}.json"
-        found[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        kept = found[name]
-        if kept is not None and kept.get("name") != spec.name:
-            raise DataError(f"{path} is a report of {kept.get('name')!r}, expected {spec.name!r}; keep it by its name")
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write TO_JEPA_OR_NOT.md from kept reports.")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder of reports (benchmarks/ablations)")
@@ -192,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README, help="page whose summary is rewritten")
     arguments = parser.parse_args(argv)
     try:
-        results = read_kept(arguments.kept)
+        results = read_kept(STUDIES, arguments.kept)
         page = replace_between(arguments.readme.read_text(encoding="utf-8"), "jepa", summary(results))
         write_atomically(arguments.out, document(results).encode())
         write_atomically(arguments.readme, page.encode())

@@ -11,7 +11,8 @@ import pytest
 
 from common.errors import DataError
 from scripts.ablate import analyse, read_spec
-from scripts.jepa_answer import DOCUMENT, KEPT, README, SPECS, answer, document, main, read_kept, summary
+from scripts.jepa_answer import DOCUMENT, README, STUDIES, answer, document, main, summary
+from scripts.studies import KEPT, SPECS, read_kept
 
 MAIN = read_spec(SPECS / "jepa_mini.toml")
 
@@ -52,6 +53,11 @@ def test_the_decision_rule() -> None:
     confirmed, other = (report(confirm, {arm: -0.01}) for arm in ("four_ahead", "pooled"))
     assert "**To JEPA**: `four_ahead`" in answer({**searched, "jepa_forms_confirm": confirmed})
     assert "**Not to JEPA**" in answer({**searched, "jepa_forms_confirm": other})  # it was no candidate
+    fruitless = {"jepa_mini": report(MAIN, {}), "jepa_forms_mini": report(forms, {"pooled": 0.01, "decayed": -0.001})}
+    assert "Of 8 other forms, with 3 seeds, none teaches more in as many steps." in answer(fruitless)
+    undecided = report(forms, {"decayed": -0.01, "placebo": 0.01})  # a broken placebo: nobody wins under `time`
+    found = answer({"jepa_mini": report(MAIN, {}), "jepa_forms_mini": undecided})
+    assert "Of 8 other forms, with 3 seeds, decayed in the mean teaches more in as many steps." in found
 
 
 def test_studies_are_told_with_their_latents_and_a_changed_spec_shows() -> None:
@@ -75,9 +81,10 @@ def test_kept_reports_are_read_by_name(tmp_path: Path) -> None:
     assert "| stop_gradient | +0.0000 [+0.0000, +0.0000] | null | +0.0000 [+0.0000, +0.0000] | null |" in page
     (tmp_path / "jepa-mini.json").write_text(json.dumps(report(MAIN, {}) | {"name": "other"}))
     with pytest.raises(DataError, match="report of 'other'"):
-        read_kept(tmp_path)
+        read_kept(STUDIES, tmp_path)
 
 
 def test_the_committed_answer_is_what_the_program_writes() -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == document(read_kept(KEPT)), "stale: make jepa-answer"
-    assert f"-->\n{summary(read_kept(KEPT))}\n<!--" in README.read_text(encoding="utf-8"), "stale: make jepa-answer"
+    results = read_kept(STUDIES, KEPT)
+    assert DOCUMENT.read_text(encoding="utf-8") == document(results), "stale: make jepa-answer"
+    assert f"-->\n{summary(results)}\n<!--" in README.read_text(encoding="utf-8"), "stale: make jepa-answer"

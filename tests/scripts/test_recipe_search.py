@@ -1,0 +1,57 @@
+"""RECIPE.md: what its summary says of finished and unfinished arms, and that the committed file is the program's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from scripts.ablate import analyse, read_spec
+from scripts.recipe_search import DOCUMENT, README, STUDIES, document, main, summary
+from scripts.studies import KEPT, SPECS, read_kept
+
+SPEC = read_spec(SPECS / "recipe_mini.toml")
+
+
+def report(effects: dict[str, float], train_s: dict[str, float], missing: tuple[str, int]) -> dict:
+    """As ablate reports arms whose difference to the reference is their effect, give or take a little."""
+    rows = [
+        {
+            "budget": "steps", "arm": arm, "seed": seed, "entry": "jepa_mamba", "first_ce": 6.0, "float_val_bpb": 2.0,
+            "val_bpb": 2 + effect * (1 + 0.01 * seed), "train_s": train_s.get(arm, 50.0 * seed), "steps": 200,
+            "tokens": 1, "artifact_bytes": 1, "params": 1, "code_sha256": "c", "latents": None,
+        }
+        for arm, effect in effects.items() for seed in SPEC.seeds if (arm, seed) != missing
+    ]  # fmt: skip
+    return analyse(SPEC, rows, 2 * len(SPEC.arms) * len(SPEC.seeds))
+
+
+def test_the_summary_has_whole_arms_best_first_with_their_time() -> None:
+    effects = {"best_mini": 0.0, "placebo": 0.0, "relu2": 0.02, "ema": -0.01, "parallel": -0.05, "dt_apart": 0.001}
+    result = report(effects, {"relu2": 100.0}, missing=("parallel", 2))
+    lines = summary({"recipe_mini": result}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    assert [(c[0], c[3], c[4]) for c in cells] == [
+        ("ema", "better", "1.00"), ("dt_apart", "null", "1.00"), ("relu2", "worse", "1.22"),
+    ]  # fmt: skip
+    assert cells[0][1] == "ema_decay 0.97, ema_start_fraction 0.5"
+    assert cells[0][2].startswith("-0.0102 [-0.0104")
+    assert "No change has run" in summary({})
+
+
+def test_pages_are_written_from_kept_reports(tmp_path: Path) -> None:
+    (tmp_path / "recipe-mini.json").write_text(json.dumps(report({"best_mini": 0.0, "ema": -0.01}, {}, ("", 0))))
+    (tmp_path / "page.md").write_text("before\n<!-- recipe:begin (how) -->\nold\n<!-- recipe:end -->\nafter\n")
+    where = ["--kept", str(tmp_path), "--out", str(tmp_path / "x.md"), "--readme", str(tmp_path / "page.md")]
+    assert main(where) == 0
+    page, text = (tmp_path / "page.md").read_text(), (tmp_path / "x.md").read_text()
+    assert (page[:6], page[-6:], "old" in page) == ("before", "after\n", False)
+    assert "| ema | ema_decay 0.97" in page
+    assert text.count("\nNo runs yet.") == len(STUDIES) - 1
+    (tmp_path / "page.md").write_text("no markers")
+    assert main(where) == 2
+
+
+def test_the_committed_page_is_what_the_program_writes() -> None:
+    results = read_kept(tuple(STUDIES), KEPT)
+    assert DOCUMENT.read_text(encoding="utf-8") == document(results), "stale: make recipe-search"
+    assert f"-->\n{summary(results)}\n<!--" in README.read_text(encoding="utf-8"), "stale: make recipe-search"
