@@ -58,8 +58,8 @@ def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     lines += [f"| {' | '.join(cells)} |" for _, cells in sorted(rows)]
     about = (
         "Single changes to `best_mini` as it was at the search, in as many tokens: difference of the artifact's bits "
-        "per byte, paired over 3 seeds, with its 95% interval; *better* and *worse* exclude 0 and reach 0.002. Training "
-        "time is processor time over the reference's, noisy by some percent."
+        "per byte, paired over 3 seeds, with its 95% interval; *better* and *worse* exclude 0 and reach 0.002. The "
+        "training time is processor time over the reference's, noisy by some percent."
     )
     return "\n\n".join([about, "\n".join(lines)])
 
