@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.artifact.container import decode_artifact, encode_artifact
-from common.cpu import processor_name
+from common.cpu import in_default_products, processor_name, tune_cpu_process
 from common.errors import ArtifactError, ConfigError, GolfError, TokenizerError
 from common.files import write_atomically
 from common.optim.muon import Muon
@@ -179,7 +180,9 @@ class Block(nn.Module):
         )
         q = rotated(rms_norm_torch(q, 1e-6)) * self.q_gain.to(q.dtype)[:, None, None]
         k = rotated(rms_norm_torch(k, 1e-6))
-        y_BHTP = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        gqa = self.kv_heads != self.heads
+        attention = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=gqa)
+        y_BHTP = in_default_products(attention, q, k, v)
         x_BTD = x_BTD + self.attn_scale * self.out(y_BHTP.transpose(1, 2).reshape(batch, time_, width))
         return x_BTD + self.mlp_scale * self.down(F.relu(self.up(rms_norm_torch(x_BTD, 1e-6))).square())
 
@@ -429,6 +432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, config = parse_command(sys.argv[1:] if argv is None else argv)
         cuda = config.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if not cuda:
+            tune_cpu_process()  # as the other entries have it: an opponent is not slower than it must be
         if arguments.score:
             pattern = arguments.val or str(Path(config.data_path) / "*_val_*.bin")
             print(json.dumps(score_artifact(Path(arguments.score), pattern, config, device)))
