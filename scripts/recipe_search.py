@@ -23,7 +23,8 @@ DOCUMENT = ROOT / "submissions" / "jepa_mamba" / "RECIPE.md"
 README = DOCUMENT.with_name("README.md")
 # Study -> folder of data that it ran on. The first two search, one change at a time.
 STUDIES = {
-    "recipe_mini": "english-docs-recipe", "batches_mini": "english-docs-recipe", "scout_mini": "english-docs-ablate",
+    "recipe_mini": "english-docs-recipe", "batches_mini": "english-docs-recipe", "together_mini": "english-docs-recipe",
+    "scout_mini": "english-docs-ablate",
     "sixth_mini": "english-docs-ablate", "final_mini": "english-docs-bpe1024",
     "free_steps_mini": "english-docs-ablate",
 }  # fmt: skip
