@@ -38,6 +38,19 @@ def relative_time(result: Mapping[str, Any], budget: str, arm: str) -> float:
     return math.fsum(rows[arm, seed] / rows[result["reference"], seed] for seed in seeds) / len(seeds)
 
 
+def together(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """What became of the winners at more steps; empty before that has run with all its seeds."""
+    result, spec = results.get("together_mini"), read_spec(SPECS / "together_mini.toml")
+    found = {} if result is None else result["budgets"]["steps"]["arms"].get("together", {})
+    if found.get("seeds") != sorted(spec.seeds):
+        return ""
+    return (
+        f"The winners together ({limits_text(spec.arms['together'])}) at {found['steps']:,.0f} steps: "
+        f"{interval_text(found['val_bpb_difference'])} bpb, **{found['verdict']}** "
+        "(`scripts/ablations/together_mini.toml`)."
+    )
+
+
 def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     """One table of every change that has all its seeds, the best first."""
     rows = []
@@ -62,7 +75,7 @@ def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
         "per byte, paired over 3 seeds, with its 95% interval; *better* and *worse* exclude 0 and reach 0.002. The "
         "training time is processor time over the reference's, noisy by some percent."
     )
-    return "\n\n".join([about, "\n".join(lines)])
+    return "\n\n".join(filter(None, [about, "\n".join(lines), together(results)]))
 
 
 def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
@@ -71,13 +84,13 @@ def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
         "# The recipe search on the mini track",
         "Written by `make recipe-search`.",
         summary(results),
-        "At these steps a run has seen a thirteenth of what the track's 600 seconds allow: what wins here because it "
-        "learns faster early may not win there, and what needs time (averages, weight decay, slow schedules) is judged "
+        "At these steps a run has seen a small part of what the track's 600 seconds allow: what wins here because it "
+        "learns faster early need not win there, and what needs time (averages, weight decay, slow schedules) is judged "
         "too hard.",
     ]
     for name, data in STUDIES.items():
         parts += study(name, results.get(name), data=data, make="recipe-search", intent="Set out")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
