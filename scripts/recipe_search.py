@@ -85,8 +85,8 @@ def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
         "Written by `make recipe-search`.",
         summary(results),
         "At these steps a run has seen a small part of what the track's 600 seconds allow: what wins here because it "
-        "learns faster early need not win there, and what needs time (averages, weight decay, slow schedules) is judged "
-        "too hard.",
+        "learns faster early need not win there, and what needs time (averages, weight decay, slow schedules) is "
+        "judged too hard.",
     ]
     for name, data in STUDIES.items():
         parts += study(name, results.get(name), data=data, make="recipe-search", intent="Set out")

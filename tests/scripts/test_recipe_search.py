@@ -12,7 +12,7 @@ from scripts.studies import KEPT, SPECS, read_kept
 SPEC = read_spec(SPECS / "recipe_mini.toml")
 
 
-def report(effects: dict[str, float], train_s: dict[str, float], missing: tuple[str, int]) -> dict:
+def report(effects: dict[str, float], train_s: dict[str, float], missing: tuple[str, int], spec=SPEC) -> dict:
     """As ablate reports arms whose difference to the reference is their effect, give or take a little."""
     rows = [
         {
@@ -20,9 +20,9 @@ def report(effects: dict[str, float], train_s: dict[str, float], missing: tuple[
             "val_bpb": 2 + effect * (1 + 0.01 * seed), "train_s": train_s.get(arm, 50.0 * seed), "steps": 200,
             "tokens": 1, "artifact_bytes": 1, "params": 1, "code_sha256": "c", "latents": None,
         }
-        for arm, effect in effects.items() for seed in SPEC.seeds if (arm, seed) != missing
+        for arm, effect in effects.items() for seed in spec.seeds if (arm, seed) != missing
     ]  # fmt: skip
-    return analyse(SPEC, rows, 2 * len(SPEC.arms) * len(SPEC.seeds))
+    return analyse(spec, rows, len(spec.budgets) * len(spec.arms) * len(spec.seeds))
 
 
 def test_the_summary_has_whole_arms_best_first_with_their_time() -> None:
@@ -36,6 +36,15 @@ def test_the_summary_has_whole_arms_best_first_with_their_time() -> None:
     assert cells[0][1] == "ema_decay 0.97, ema_start_fraction 0.5"
     assert cells[0][2].startswith("-0.0102 [-0.0104")
     assert "No change has run" in summary({})
+
+
+def test_winners_that_lose_together_are_told() -> None:
+    whole = report({"best_mini": 0.0, "ema": -0.01}, {}, ("", 0))
+    spec = read_spec(SPECS / "together_mini.toml")
+    for missing, says in ((("", 0), True), (("together", 2), False)):
+        lost = report({"before": 0.0, "together": 0.006}, {}, missing, spec)
+        text = summary({"recipe_mini": whole, "together_mini": lost})
+        assert ("bpb, **worse** (`scripts/ablations/together_mini.toml`)" in text) == says
 
 
 def test_pages_are_written_from_kept_reports(tmp_path: Path) -> None:
