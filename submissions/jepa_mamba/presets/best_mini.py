@@ -9,7 +9,7 @@ Expected: about 1.30 bpb on english-docs.val (one run, 2,711 steps; more on fast
 Against seed_mini: no latent objectives, feed-forward in every block, two attention layers, slower heads from the
 start, the parts of in_proj orthogonalised apart, documents isolated, a long warmdown, scored in one pass with carried
 state; and, found by scripts/ablations/scout_mini.toml, small batches of short windows, half of Muon's step
-size, and no softcap.
+size, and no softcap. What single changes to it do: RECIPE.md; the winners at 200 steps win nothing at 600.
 """
 
 PRESET = {
