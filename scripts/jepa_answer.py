@@ -7,21 +7,15 @@ words between the figures.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from common.errors import GolfError
-from common.files import write_atomically
 from scripts.ablate import interval_text
-from scripts.readme_tables import replace_between
-from scripts.studies import KEPT, ROOT, read_kept, study
+from scripts.studies import PAGES, Results, study, write_pages
 
-DOCUMENT = ROOT / "submissions" / "jepa_mamba" / "TO_JEPA_OR_NOT.md"
-README = DOCUMENT.with_name("README.md")
+DOCUMENT = PAGES / "TO_JEPA_OR_NOT.md"
 PRIMARY = "time"  # the budget in which an arm pays for its objective
 STUDIES = ("jepa_mini", "jepa_forms_mini", "jepa_forms_confirm", "jepa_h200")
 CONTROLS = ("placebo", "shuffled", "sigreg_only")  # arms that cannot make latent prediction the default
@@ -50,7 +44,7 @@ def complete(result: Mapping[str, Any], budget: str = PRIMARY) -> bool:
     return set(arms) == set(result["arms"]) and all(arms[arm]["seeds"] == sorted(result["seeds"]) for arm in arms)
 
 
-def answer(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+def answer(results: Results) -> str:
     """The answer as far as the studies go. A search only names candidates: they need the seeds of a confirmation."""
     main = results.get("jepa_mini")
     if main is None or not main["finished_runs"]:
@@ -69,7 +63,7 @@ def answer(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     return f"**Not to JEPA**: no arm of the main study met the preregistered rule. `best_*` have it off.{more}{at_size}"
 
 
-def searched(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+def searched(results: Results) -> str:
     """What the search among other forms found at equal steps, once all of them have run; empty before."""
     search = results.get("jepa_forms_mini")
     if search is None or not complete(search, "steps"):
@@ -112,7 +106,7 @@ LIMITS = """## Limits of the evidence
 - The same validation text serves every study; the intervals are over seeds, not over texts."""
 
 
-def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+def document(results: Results) -> str:
     """TO_JEPA_OR_NOT.md."""
     parts = [
         "# To JEPA or not",
@@ -132,7 +126,7 @@ def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     return "\n\n".join([*parts, LIMITS]) + "\n"
 
 
-def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+def summary(results: Results) -> str:
     """The answer and the main study's arms in one table."""
     main = results.get("jepa_mini")
     if main is None or not main["finished_runs"]:
@@ -157,21 +151,7 @@ def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write TO_JEPA_OR_NOT.md from kept reports.")
-    parser.add_argument("--kept", type=Path, default=KEPT, help="folder of reports (benchmarks/ablations)")
-    parser.add_argument("--out", type=Path, default=DOCUMENT, help="document to write")
-    parser.add_argument("--readme", type=Path, default=README, help="page whose summary is rewritten")
-    arguments = parser.parse_args(argv)
-    try:
-        results = read_kept(STUDIES, arguments.kept)
-        page = replace_between(arguments.readme.read_text(encoding="utf-8"), "jepa", summary(results))
-        write_atomically(arguments.out, document(results).encode())
-        write_atomically(arguments.readme, page.encode())
-        print(arguments.out, arguments.readme, sep="\n")
-    except GolfError as error:
-        print(f"jepa_answer: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return write_pages(argv, "jepa", STUDIES, DOCUMENT, document, summary)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,15 @@ in but the words between the figures.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from common.errors import GolfError
-from common.files import write_atomically
 from scripts.ablate import interval_text, limits_text, read_spec
-from scripts.readme_tables import replace_between
-from scripts.studies import KEPT, ROOT, SPECS, read_kept, study
+from scripts.studies import PAGES, SPECS, Results, study, write_pages
 
-DOCUMENT = ROOT / "submissions" / "jepa_mamba" / "RECIPE.md"
-README = DOCUMENT.with_name("README.md")
+DOCUMENT = PAGES / "RECIPE.md"
 # Study -> folder of data that it ran on. The first two search, one change at a time.
 STUDIES = {
     "recipe_mini": "english-docs-recipe", "batches_mini": "english-docs-recipe", "together_mini": "english-docs-recipe",
@@ -38,7 +32,7 @@ def relative_time(result: Mapping[str, Any], budget: str, arm: str) -> float:
     return math.fsum(rows[arm, seed] / rows[result["reference"], seed] for seed in seeds) / len(seeds)
 
 
-def together(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+def together(results: Results) -> str:
     """What became of the winners at more steps; empty before that has run with all its seeds."""
     result, spec = results.get("together_mini"), read_spec(SPECS / "together_mini.toml")
     found = {} if result is None else result["budgets"]["steps"]["arms"].get("together", {})
@@ -51,7 +45,7 @@ def together(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     )
 
 
-def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+def summary(results: Results) -> str:
     """One table of every change that has all its seeds, the best first."""
     rows = []
     for name in SEARCH:
@@ -78,7 +72,7 @@ def summary(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     return "\n\n".join(filter(None, [about, "\n".join(lines), together(results)]))
 
 
-def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+def document(results: Results) -> str:
     """RECIPE.md."""
     parts = [
         "# The recipe search on the mini track",
@@ -94,21 +88,7 @@ def document(results: Mapping[str, Mapping[str, Any] | None]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write RECIPE.md from kept reports.")
-    parser.add_argument("--kept", type=Path, default=KEPT, help="folder of reports (benchmarks/ablations)")
-    parser.add_argument("--out", type=Path, default=DOCUMENT, help="document to write")
-    parser.add_argument("--readme", type=Path, default=README, help="page whose summary is rewritten")
-    arguments = parser.parse_args(argv)
-    try:
-        results = read_kept(tuple(STUDIES), arguments.kept)
-        page = replace_between(arguments.readme.read_text(encoding="utf-8"), "recipe", summary(results))
-        write_atomically(arguments.out, document(results).encode())
-        write_atomically(arguments.readme, page.encode())
-        print(arguments.out, arguments.readme, sep="\n")
-    except GolfError as error:
-        print(f"recipe_search: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return write_pages(argv, "recipe", tuple(STUDIES), DOCUMENT, document, summary)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, GolfError
+from common.files import write_atomically
 from scripts.ablate import arm_table, limits_text, prices_text, read_spec
+from scripts.readme_tables import replace_between
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "scripts" / "ablations"
 KEPT = ROOT / "benchmarks" / "ablations"
+PAGES = ROOT / "submissions" / "jepa_mamba"
+Results = Mapping[str, Mapping[str, Any] | None]  # of studies, None for one without runs
 
 
 def read_kept(studies: Sequence[str], folder: Path) -> dict[str, dict[str, Any] | None]:
@@ -79,3 +85,29 @@ def study(
             parts.append(f"Placebo: {part['placebo']}.")
         parts += [*filter(None, [prices_text(part)]), arm_table(result, budget), *after_budget(result, budget)]
     return parts
+
+
+def write_pages(
+    argv: Sequence[str] | None,
+    name: str,
+    studies: Sequence[str],
+    page: Path,
+    document: Callable[[Results], str],
+    summary: Callable[[Results], str],
+) -> int:
+    """The command line of a program that writes a page, and its summary between the markers `name` of the README."""
+    parser = argparse.ArgumentParser(description=f"Write {page.name} from kept reports.")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="folder of reports (benchmarks/ablations)")
+    parser.add_argument("--out", type=Path, default=page, help="document to write")
+    parser.add_argument("--readme", type=Path, default=PAGES / "README.md", help="page whose summary is rewritten")
+    arguments = parser.parse_args(argv)
+    try:
+        results = read_kept(studies, arguments.kept)
+        readme = replace_between(arguments.readme.read_text(encoding="utf-8"), name, summary(results))
+        write_atomically(arguments.out, document(results).encode())
+        write_atomically(arguments.readme, readme.encode())
+        print(arguments.out, arguments.readme, sep="\n")
+    except GolfError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -11,8 +11,8 @@ import pytest
 
 from common.errors import DataError
 from scripts.ablate import analyse, read_spec
-from scripts.jepa_answer import DOCUMENT, README, STUDIES, answer, document, main, summary
-from scripts.studies import KEPT, SPECS, read_kept
+from scripts.jepa_answer import DOCUMENT, STUDIES, answer, document, main, summary
+from scripts.studies import KEPT, PAGES, SPECS, read_kept
 
 MAIN = read_spec(SPECS / "jepa_mini.toml")
 
@@ -87,4 +87,5 @@ def test_kept_reports_are_read_by_name(tmp_path: Path) -> None:
 def test_the_committed_answer_is_what_the_program_writes() -> None:
     results = read_kept(STUDIES, KEPT)
     assert DOCUMENT.read_text(encoding="utf-8") == document(results), "stale: make jepa-answer"
-    assert f"-->\n{summary(results)}\n<!--" in README.read_text(encoding="utf-8"), "stale: make jepa-answer"
+    readme = (PAGES / "README.md").read_text(encoding="utf-8")
+    assert f"-->\n{summary(results)}\n<!--" in readme, "stale: make jepa-answer"

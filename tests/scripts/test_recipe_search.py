@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from scripts.ablate import analyse, read_spec
-from scripts.recipe_search import DOCUMENT, README, STUDIES, document, main, summary
-from scripts.studies import KEPT, SPECS, read_kept
+from scripts.recipe_search import DOCUMENT, STUDIES, document, main, summary
+from scripts.studies import KEPT, PAGES, SPECS, read_kept
 
 SPEC = read_spec(SPECS / "recipe_mini.toml")
 
@@ -63,4 +63,5 @@ def test_pages_are_written_from_kept_reports(tmp_path: Path) -> None:
 def test_the_committed_page_is_what_the_program_writes() -> None:
     results = read_kept(tuple(STUDIES), KEPT)
     assert DOCUMENT.read_text(encoding="utf-8") == document(results), "stale: make recipe-search"
-    assert f"-->\n{summary(results)}\n<!--" in README.read_text(encoding="utf-8"), "stale: make recipe-search"
+    readme = (PAGES / "README.md").read_text(encoding="utf-8")
+    assert f"-->\n{summary(results)}\n<!--" in readme, "stale: make recipe-search"
