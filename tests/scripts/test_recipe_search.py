@@ -12,13 +12,20 @@ from scripts.studies import KEPT, PAGES, SPECS, read_kept
 SPEC = read_spec(SPECS / "recipe_mini.toml")
 
 
-def report(effects: dict[str, float], train_s: dict[str, float], missing: tuple[str, int], spec=SPEC) -> dict:
+def report(
+    effects: dict[str, float],
+    train_s: dict[str, float],
+    missing: tuple[str, int],
+    spec=SPEC,
+    budget="steps",
+    tokens=400_000,
+) -> dict:
     """As ablate reports arms whose difference to the reference is their effect, give or take a little."""
     rows = [
         {
-            "budget": "steps", "arm": arm, "seed": seed, "entry": "jepa_mamba", "first_ce": 6.0, "float_val_bpb": 2.0,
+            "budget": budget, "arm": arm, "seed": seed, "entry": "jepa_mamba", "first_ce": 6.0, "float_val_bpb": 2.0,
             "val_bpb": 2 + effect * (1 + 0.01 * seed), "train_s": train_s.get(arm, 50.0 * seed), "steps": 200,
-            "tokens": 1, "artifact_bytes": 1, "params": 1, "code_sha256": "c", "latents": None,
+            "tokens": tokens, "artifact_bytes": 1, "params": 1, "code_sha256": "c", "latents": None,
         }
         for arm, effect in effects.items() for seed in spec.seeds if (arm, seed) != missing
     ]  # fmt: skip
@@ -30,21 +37,32 @@ def test_the_summary_has_whole_arms_best_first_with_their_time() -> None:
     result = report(effects, {"relu2": 100.0}, missing=("parallel", 2))
     lines = summary({"recipe_mini": result}).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
-    assert [(c[0], c[3], c[4]) for c in cells] == [
+    assert [(c[1], c[4], c[5]) for c in cells] == [
         ("ema", "better", "1.00"), ("dt_apart", "null", "1.00"), ("relu2", "worse", "1.22"),
     ]  # fmt: skip
-    assert cells[0][1] == "ema_decay 0.97, ema_start_fraction 0.5"
-    assert cells[0][2].startswith("-0.0102 [-0.0104")
+    assert cells[0][2] == "ema_decay 0.97, ema_start_fraction 0.5"
+    assert cells[0][3].startswith("-0.0102 [-0.0104")
     assert "No change has run" in summary({})
 
 
-def test_winners_that_lose_together_are_told() -> None:
+def test_winners_that_lose_at_more_tokens_are_told_first() -> None:
     whole = report({"best_mini": 0.0, "ema": -0.01}, {}, ("", 0))
     spec = read_spec(SPECS / "together_mini.toml")
-    for missing, says in ((("", 0), True), (("together", 2), False)):
-        lost = report({"before": 0.0, "together": 0.006}, {}, missing, spec)
-        text = summary({"recipe_mini": whole, "together_mini": lost})
-        assert ("bpb, **worse** (`scripts/ablations/together_mini.toml`)" in text) == says
+    for missing, first in ((("", 0), "together"), (("together", 2), "ema")):
+        lost = report({"before": 0.0, "together": 0.006}, {}, missing, spec, tokens=3_000_000)
+        lines = summary({"recipe_mini": whole, "together_mini": lost}).splitlines()
+        top = next(line for line in lines if line.startswith(("| 0.", "| 3.")))
+        assert f"| {first} |" in top
+        assert ("| worse |" in top) == (first == "together")
+
+
+def test_the_track_itself_comes_first() -> None:
+    spec = read_spec(SPECS / "final_mini.toml")
+    final = report({"best_mini": 0.0, "seed_mini": 0.5}, {}, ("", 0), spec, "track")
+    whole = report({"best_mini": 0.0, "ema": -0.01}, {}, ("", 0))
+    text = summary({"recipe_mini": whole, "final_mini": final})
+    assert text.index("| seed_mini | 3 |") < text.index("| 0.4 | ema |")
+    assert "No change has run" in summary({"final_mini": final})
 
 
 def test_pages_are_written_from_kept_reports(tmp_path: Path) -> None:
@@ -54,7 +72,7 @@ def test_pages_are_written_from_kept_reports(tmp_path: Path) -> None:
     assert main(where) == 0
     page, text = (tmp_path / "page.md").read_text(), (tmp_path / "x.md").read_text()
     assert (page[:6], page[-6:], "old" in page) == ("before", "after\n", False)
-    assert "| ema | ema_decay 0.97" in page
+    assert "| 0.4 | ema | ema_decay 0.97" in page
     assert text.count("\nNo runs yet.") == len(STUDIES) - 1
     (tmp_path / "page.md").write_text("no markers")
     assert main(where) == 2
