@@ -18,6 +18,7 @@ _MADV_HUGEPAGE, _HUGE_PAGE_BYTES = 14, 2**21  # of <sys/mman.h>, and on x86-64
 _HUGE_HEAP_BYTES = 2**30 - 2**20  # of address space: memory is taken as it is used
 # Float32 products of this size err by about 5e-7 of their largest value, those of bfloat16 operands by 2e-3.
 _FLOAT32_PRODUCT_ERROR = 1e-5
+_products_by_onednn = False  # what `tune_cpu_process` chose; torch.compile cannot ask PyTorch for its setting
 
 
 def processor_name() -> str:
@@ -60,6 +61,7 @@ def tune_cpu_process() -> str:
 
 
 def _choose_cpu_products() -> str:
+    global _products_by_onednn
     if torch.cuda.is_available():
         return "PyTorch's default (CUDA is there too)"
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -72,7 +74,26 @@ def _choose_cpu_products() -> str:
     if error > _FLOAT32_PRODUCT_ERROR:
         torch.set_float32_matmul_precision(before)
         return f"PyTorch's default (oneDNN would round them: error {error:.1e})"
+    _products_by_onednn = True
     return f"oneDNN (AVX-512, error {error:.1e})"
+
+
+def compile_obstacle(device: torch.device) -> str:
+    """Why torch.compile cannot make code for a CPU, in words; empty if it can, and for other devices.
+
+    Found out by compiling one line, some seconds: it takes a C++ compiler and Python's headers.
+    """
+    if device.type != "cpu":
+        return ""
+    try:
+        torch.compile(_one_line, dynamic=False)(torch.ones(2))
+    except RuntimeError as error:  # of the compiler's: torch.compile's own errors are kinds of it
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return ""
+
+
+def _one_line(x: Tensor) -> Tensor:
+    return x.sin() + 1
 
 
 @contextlib.contextmanager
@@ -112,7 +133,11 @@ def in_default_products(operation: Callable[..., Tensor], *inputs: Tensor) -> Te
     Args:
         operation: from tensors to one tensor; other tensors that it uses get no gradient.
         inputs: any shapes and dtypes. Once differentiable.
+
+    Under torch.compile the operation stays in the compiler's graph where PyTorch's products were left as they are.
     """
+    if torch.compiler.is_compiling() and not _products_by_onednn:
+        return operation(*inputs)
     if inputs[0].device.type != "cpu" or torch.get_float32_matmul_precision() == "highest":
         return operation(*inputs)
     return _InDefaultProducts.apply(operation, *inputs)  # type: ignore[return-value]

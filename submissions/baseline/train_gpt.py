@@ -23,7 +23,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.artifact.container import decode_artifact, encode_artifact
-from common.cpu import in_default_products, processor_name, tune_cpu_process
+from common.cpu import compile_obstacle, in_default_products, processor_name, tune_cpu_process
 from common.errors import ArtifactError, ConfigError, GolfError, TokenizerError
 from common.files import write_atomically
 from common.optim.muon import Muon
@@ -81,6 +81,7 @@ class Config:
     muon_momentum_warmup_steps: int = 500  # from 0.85
     muon_steps: int = 5
     train_log_every: int = 100
+    compile_model: int = 0  # 1: torch.compile the loss (on a CPU if there is a C++ compiler), before the clock starts
     eval_stride: int = 0  # tokens that a window scores after its first; 0: windows side by side
     val_batch_tokens: int = 65536
 
@@ -123,7 +124,7 @@ def check_config(c: Config) -> None:
         value, kind = getattr(c, f.name), type(f.default)
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ConfigError(f"{f.name} is {value!r}; expected {kind.__name__}")
-    may_be_zero = ("seed", "eval_stride")
+    may_be_zero = ("seed", "eval_stride", "compile_model")
     sizes = [f.name for f in dataclasses.fields(Config) if type(f.default) is int and f.name not in may_be_zero]
     rules = {
         f"{', '.join(sizes)} must be at least 1": all(getattr(c, name) > 0 for name in sizes),
@@ -133,6 +134,7 @@ def check_config(c: Config) -> None:
         "eval_stride may not exceed train_seq_len": 0 <= c.eval_stride <= c.train_seq_len,
         "warmdown_fraction lies in [0, 1], seconds and seed are not negative":
             0 <= c.warmdown_fraction <= 1 and c.max_wallclock_seconds >= 0 and c.seed >= 0,
+        "compile_model is 0 or 1": c.compile_model in (0, 1),
         "clock is wall or cpu, tokenizer bpe or byte": c.clock in ("wall", "cpu") and c.tokenizer in ("bpe", "byte"),
         "logit_softcap must be positive": 0 < c.logit_softcap < math.inf,
     }  # fmt: skip
@@ -332,6 +334,19 @@ def score_artifact(path: Path, pattern: str, given: Config, device: torch.device
     return found | {"artifact_bytes": len(data), "artifact_sha256": hashlib.sha256(data).hexdigest()}
 
 
+def compiled_loss(model: Transformer, c: Config, rows: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """`model.loss`, compiled for windows (rows, T) if it is asked for and there is a compiler; learns nothing."""
+    obstacle = compile_obstacle(device) if c.compile_model else "not asked for"
+    if obstacle:
+        print(f"loss not compiled: {obstacle}", flush=True)
+        return model.loss
+    compiled, x_BT = torch.compile(model.loss), torch.zeros(rows, c.train_seq_len, dtype=torch.int64, device=device)
+    with autocast(device):
+        compiled(x_BT, x_BT.clone()).backward()
+    model.zero_grad(set_to_none=True)
+    return compiled
+
+
 def train(c: Config, folder: Path, model: Transformer, loader: TokenLoader, device: torch.device) -> dict[str, Any]:
     """Train until steps or seconds are used up; every rank alike. Returns what summary.json says of it."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -345,6 +360,8 @@ def train(c: Config, folder: Path, model: Transformer, loader: TokenLoader, devi
     )  # fmt: skip
     rates = [(group, group["lr"]) for optimizer in (muon, adam) for group in optimizer.param_groups]
     now = time.process_time if c.clock == "cpu" else time.perf_counter
+    micro = max(1, c.micro_batch_tokens // c.train_seq_len)
+    loss_of = compiled_loss(model, c, min(micro, c.train_batch_tokens // c.train_seq_len // world), device)
     step, elapsed_s, last_s, started_s = 0, 0.0, 0.0, now()
     while step < c.iterations and not 0 < c.max_wallclock_seconds <= elapsed_s + last_s:
         done = max(step / c.iterations, elapsed_s / c.max_wallclock_seconds if c.max_wallclock_seconds else 0.0)
@@ -355,11 +372,10 @@ def train(c: Config, folder: Path, model: Transformer, loader: TokenLoader, devi
         muon.param_groups[0]["momentum"] = (1 - share) * 0.85 + share * c.muon_momentum
         batch = loader.next_batch()
         x_BT, y_BT = (torch.from_numpy(a).to(device) for a in (batch.x_BT, batch.y_BT))
-        rows, micro = len(x_BT), max(1, c.micro_batch_tokens // c.train_seq_len)
-        loss = torch.zeros((), device=device)
+        rows, loss = len(x_BT), torch.zeros((), device=device)
         for i in range(0, rows, micro):
             with autocast(device):
-                part = model.loss(x_BT[i : i + micro], y_BT[i : i + micro]) * (len(x_BT[i : i + micro]) / rows)
+                part = loss_of(x_BT[i : i + micro], y_BT[i : i + micro]) * (len(x_BT[i : i + micro]) / rows)
             part.backward()
             loss += part.detach()
         for p in model.parameters():

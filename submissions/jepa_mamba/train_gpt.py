@@ -63,7 +63,7 @@ from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
 from common.console import TrainingConsole, peak_memory_bytes, progress_text
-from common.cpu import in_default_products, processor_name, tune_cpu_process
+from common.cpu import compile_obstacle, in_default_products, processor_name, tune_cpu_process
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -128,7 +128,9 @@ class Config:
         "triton: ours; mamba_ssm: packages for scan and convolution; torch: plain. auto: packages if installed",
         ("auto", "triton", "mamba_ssm", "torch"),
     )
-    compile_model: bool = option(False, "torch.compile the loss; the warmup steps pay for compilation")
+    compile_model: bool = option(
+        False, "torch.compile the loss (on a CPU if there is a C++ compiler); the warmup steps pay for it"
+    )
     cuda_graphs: bool = option(False, "capture the whole step in a CUDA graph and replay it")
     budget_bytes: int = option(CHALLENGE_BUDGET_BYTES, "code + artifact may not exceed this; 0: no limit")
     clock: str = option(
@@ -2623,7 +2625,8 @@ class Trainer:
         self.masters = Masters(self.model, config, compute_dtype(ranks.device))
         self.optimizers = build_optimizers(self.model, self.masters, config)
         self.base_lr = {"muon": config.matrix_lr, "embed": config.embed_lr, "scalar": config.scalar_lr}
-        self.loss = torch.compile(self.model) if config.compile_model else self.model
+        self.not_compiled = compile_obstacle(ranks.device) if config.compile_model else "not asked for"
+        self.loss = self.model if self.not_compiled else torch.compile(self.model)
         self.captured = CapturedStep(self.update) if config.cuda_graphs else None
         self.current: Mapping[str, float | Tensor] = self.numbers(Progress(0, 0.0))
         self.skipped_batch: tuple[Tensor, ...] | None = None  # of the last one: step, windows, x and y, room for more
@@ -2897,6 +2900,9 @@ class Run:
         self.loader, self.loader_state = loader, loader.state()
         self.trainer.masters.publish(on_grid_at(self.at, config))
         self.folder.begin_logs(self.at.step, ranks.device, self.kernels)
+        if config.compile_model:
+            obstacle = self.trainer.not_compiled
+            self.folder.text(f"loss not compiled: {obstacle}" if obstacle else "loss compiled")
         self.params = sum(p.numel() for p in self.trainer.model.lm.parameters())
         self.training_only_params = sum(p.numel() for p in self.trainer.masters.master.values()) - self.params
         self.folder.text(
@@ -2924,7 +2930,8 @@ class Run:
     def drive_steps(self, interruption: Interruption) -> tuple[float, float]:
         config, console = self.config, self.folder.console
         triton = self.kernels.name == "triton"
-        compiled = (("torch.compile", config.compile_model), ("Triton", triton), ("CUDA graph", config.cuda_graphs))
+        loss = ("torch.compile", not self.trainer.not_compiled)
+        compiled = (loss, ("Triton", triton), ("CUDA graph", config.cuda_graphs))
         first = ", ".join(name for name, on in compiled if on)
         console.waiting(f"first step: compiling ({first}), minutes where nothing is cached" if first else "first step")
         began_s = time.perf_counter()
@@ -3186,6 +3193,7 @@ class Run:
             "seed": config.seed,
             "world_size": self.ranks.world,
             "kernels": self.kernels.name,
+            "compiled": not self.trainer.not_compiled,
             "jepa_diagnostics": diagnostics,
             "preset": self.command.preset,
             "config": asdict(config),
