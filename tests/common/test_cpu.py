@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import common.cpu
-from common.cpu import float32_product_error, in_default_products, processor_name, tune_cpu_process
+from common.cpu import (
+    compile_obstacle,
+    float32_product_error,
+    in_default_products,
+    processor_name,
+    tune_cpu_process,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +106,24 @@ def test_default_products_end_with_an_error():
     with pytest.raises(RuntimeError):
         in_default_products(torch.matmul, torch.zeros(2, 3), torch.zeros(2, 3))
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_default_products_do_not_break_a_compiled_graph(monkeypatch):
+    compiled = torch.compile(lambda a, b: in_default_products(torch.matmul, a, b) + 1, backend="eager", fullgraph=True)
+    left, right = torch.randn(2, 3), torch.randn(3, 2)
+    torch.testing.assert_close(compiled(left, right), left @ right + 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_keeps_torch_compile_from_a_cpu_is_said(device, monkeypatch):
+    class Broken(RuntimeError):
+        pass
+
+    def refuse(*arguments, **options):
+        raise Broken("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert compile_obstacle(torch.device(device)) == ("Broken: no compiler" if device == "cpu" else "")
 
 
 def test_a_processor_is_known_by_name_and_instructions(monkeypatch):

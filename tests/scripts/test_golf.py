@@ -140,6 +140,7 @@ def test_a_second_run_repeats_the_first_and_must_equal_it(tmp_path: Path, data: 
     golf.golf(*rest, fresh=False)
     assert "--clock_from" not in commands[0]
     assert commands[0][commands[0].index("--max_wallclock_seconds") + 1] == "600"
+    assert commands[0][commands[0].index("--compile_model") + 1] == "1"
     assert "place 1 of 1: mini-best_mini, 1.7000 bpb" in capsys.readouterr().out
     golf.golf(*rest, fresh=False)
     assert commands[1][commands[1].index("--clock_from") + 1].endswith("runs/mini-best_mini-seed1")

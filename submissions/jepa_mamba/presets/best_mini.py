@@ -1,7 +1,7 @@
 """Candidate of the `mini` track: two CPU cores, 600 s, an artifact of at most 500,000 bytes, lossless BPE 1024.
 
 Command: make golf-mini CORPUS=FOLDER
-   or    python submissions/jepa_mamba/train_gpt.py --preset best_mini --data_path DATA
+   or    python submissions/jepa_mamba/train_gpt.py --preset best_mini --data_path DATA --compile_model 1
 Cost: 600 s of training on two cores by the clock; some minutes of scoring beside it, 2 GB of memory.
 Expected: about 1.30 bpb on english-docs.val (one run, 2,711 steps; more on faster cores), read back from an artifact of
 441 kB (0.94M weights, of them 0.80M int4 and 0.13M FP8).

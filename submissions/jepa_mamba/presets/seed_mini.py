@@ -1,6 +1,6 @@
 """The published recipe at the size of the `mini` track (two CPU cores, 600 s, 500,000 bytes): what has to be beaten.
 
-Command: make golf-mini ARGS='--preset seed_mini'
+Command: make golf-mini ARGS='--preset seed_mini --compile_model 0'
    or    python submissions/jepa_mamba/train_gpt.py --preset seed_mini --data_path DATA --budget_bytes 0
 Cost: 600 s of training on two cores by the clock; some minutes of scoring beside it, 2 GB of memory.
 Expected: not measured at the track's 600 s; 2.28 bpb at a sixth of it (scripts/ablations/sixth_mini.toml).

@@ -71,6 +71,22 @@ def test_a_run_from_shards_to_score(data: Path, tmp_path: Path, capsys: pytest.C
     assert "is finished" in capsys.readouterr().err
 
 
+def test_compiling_learns_nothing_and_may_be_impossible(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    said, shapes = {}, []
+
+    def compiled(loss):
+        return lambda x, y: shapes.append(tuple(x.shape)) or loss(x, y)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for run, obstacle in (("plain", ""), ("compiled", ""), ("impossible", "no compiler")):
+        monkeypatch.setattr(train_gpt, "compile_obstacle", lambda device, obstacle=obstacle: obstacle)
+        assert main(flags(data, tmp_path, run_id=run, compile_model=int(run != "plain"))) == 0
+        said[run] = json.loads((tmp_path / run / "summary.json").read_text())["artifact_sha256"]
+    assert set(said.values()) == {said["plain"]}
+    assert shapes == [(4, 16)] * (1 + 12 * 2)  # once before the clock, then every micro-batch
+    assert "loss not compiled: no compiler" in capsys.readouterr().out
+
+
 def test_clock_stops_the_run_and_reaches_the_end_of_the_schedule(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

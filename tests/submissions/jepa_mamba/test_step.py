@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.cpu import compile_obstacle
 from common.errors import ConfigError
 from submissions.jepa_mamba import train_gpt
 from submissions.jepa_mamba.train_gpt import (
@@ -24,7 +27,7 @@ from submissions.jepa_mamba.train_gpt import (
     parse_command,
     select_kernels,
 )
-from tests.submissions.jepa_mamba.conftest import flags, tiny
+from tests.submissions.jepa_mamba.conftest import flags, losses_of, run_entry, tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ALONE = Ranks(0, 1, CPU)
@@ -40,6 +43,54 @@ def batch_of(config: train_gpt.Config, seed: int = 0) -> StepBatch:
 
 def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
     return StepBatch(batch.x_BT.to(device), batch.y_BT.to(device), batch.document_ids_BT.to(device), {})
+
+
+# Compiled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_layers": "1", "document_reset": True, "jepa_weight": 0.0, "sigreg_lambda": 0.0, "mlp_every": 1},
+        {"activation": "leaky_relu2", "tie_embeddings": 3, "sigreg_form": "covariance", "logit_softcap": 0.0},
+    ],
+    ids=["attention", "jepa"],
+)
+def test_the_whole_loss_is_one_graph_of_the_same_numbers(options):
+    config = tiny(train_batch_tokens=128, **options)
+    model = train_gpt.TrainingModel(config, select_kernels("torch", CPU))
+    batch = batch_of(config)
+    inputs = (batch.x_BT, batch.y_BT, batch.document_ids_BT, 1.0 if config.jepa_on else None, None, 1.0)
+    found = []
+    for loss_of in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        loss, parts = loss_of(*inputs)
+        loss.backward()
+        gradients = {f"d {name}": p.grad for name, p in model.named_parameters()}
+        found.append({k: v.detach().clone() for k, v in (parts | gradients).items() if v is not None})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_compiler_the_run_says_so_and_goes_on(byte_data: Path, tmp_path: Path):
+    where = flags(data_path=byte_data, runs_dir=tmp_path, iterations=2, compile_model=True, run_id="run")
+    done = run_entry(*where, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert "loss not compiled: InductorError: InvalidCxxCompiler" in done.stdout
+    assert json.loads((tmp_path / "run/summary.json").read_text())["compiled"] is False
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run_again(byte_data: Path, tmp_path: Path):
+    if compile_obstacle(CPU):
+        pytest.skip(f"no compiler here: {compile_obstacle(CPU)}")
+    said = {}
+    for run, compiled in (("plain", False), ("a", True), ("b", True)):
+        where = flags(data_path=byte_data, runs_dir=tmp_path, compile_model=compiled, warmup_steps=1, run_id=run)
+        run_entry(*where)
+        said[run] = json.loads((tmp_path / run / "summary.json").read_text())
+    assert [said[run]["compiled"] for run in said] == [False, True, True]
+    assert said["a"]["artifact_sha256"] == said["b"]["artifact_sha256"]
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+    assert said["a"]["float_val_bpb"] == pytest.approx(said["plain"]["float_val_bpb"], abs=0.02)
 
 
 # Which kernels
