@@ -16,7 +16,8 @@ from common.cpu import (
 
 
 @pytest.fixture(autouse=True)
-def precision():
+def precision(monkeypatch):
+    monkeypatch.setattr(common.cpu, "_products_by_onednn", False)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -57,6 +58,7 @@ def test_leave_to_round_is_withdrawn_where_it_is_used(error, chosen, monkeypatch
     monkeypatch.setattr(common.cpu, "float32_product_error", lambda: error)
     said = tune_cpu_process()
     assert torch.get_float32_matmul_precision() == chosen
+    assert common.cpu._products_by_onednn == (chosen == "medium")
     assert ("by oneDNN" in said, "would round" in said) == (chosen == "medium", chosen == "highest")
 
 
@@ -108,10 +110,22 @@ def test_default_products_end_with_an_error():
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_default_products_do_not_break_a_compiled_graph(monkeypatch):
+def test_default_products_do_not_break_a_compiled_graph():
     compiled = torch.compile(lambda a, b: in_default_products(torch.matmul, a, b) + 1, backend="eager", fullgraph=True)
     left, right = torch.randn(2, 3), torch.randn(3, 2)
     torch.testing.assert_close(compiled(left, right), left @ right + 1)
+
+
+def test_default_products_under_a_compiler_where_onednn_has_the_others(monkeypatch):
+    monkeypatch.setattr(common.cpu, "_products_by_onednn", True)
+    torch.set_float32_matmul_precision("medium")
+    left, right = torch.randn(5, 3, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(lambda a, b: in_default_products(torch.matmul, 2 * a, b) + 1, backend="eager")
+    y = compiled(left, right)
+    torch.testing.assert_close(y, 2 * left @ right + 1)
+    y.sum().backward()
+    torch.testing.assert_close(left.grad, 2 * torch.ones(5, 4) @ right.detach().T)
+    assert torch.get_float32_matmul_precision() == "medium"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
