@@ -3,8 +3,8 @@
 Command: make golf-mini CORPUS=FOLDER
    or    python submissions/jepa_mamba/train_gpt.py --preset best_mini --data_path DATA --compile_model 1
 Cost: 600 s of training on two cores by the clock; some minutes of scoring beside it, 2 GB of memory.
-Expected: about 1.30 bpb on english-docs.val (one run, 2,711 steps; more on faster cores), read back from an artifact of
-441 kB (0.94M weights, of them 0.80M int4 and 0.13M FP8).
+Expected: 1.243 bpb on english-docs.val (three seeds, about 3,500 steps, compiled; uncompiled about 2,500 steps and 1.32),
+read back from an artifact of 440 kB (0.94M weights, of them 0.80M int4 and 0.13M FP8).
 
 Against seed_mini: no latent objectives, feed-forward in every block, two attention layers, slower heads from the
 start, the parts of in_proj orthogonalised apart, documents isolated, a long warmdown, scored in one pass with carried
