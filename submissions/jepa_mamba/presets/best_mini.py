@@ -3,7 +3,7 @@
 Command: make golf-mini CORPUS=FOLDER
    or    python submissions/jepa_mamba/train_gpt.py --preset best_mini --data_path DATA --compile_model 1
 Cost: 600 s of training on two cores by the clock; some minutes of scoring beside it, 2 GB of memory.
-Expected: 1.243 bpb on english-docs.val (three seeds, about 3,500 steps, compiled; uncompiled about 2,500 steps and 1.32),
+Expected: 1.243 bpb on english-docs.val (three seeds, about 3,500 steps, compiled; uncompiled 2,500 steps and 1.32),
 read back from an artifact of 440 kB (0.94M weights, of them 0.80M int4 and 0.13M FP8).
 
 Against seed_mini: no latent objectives, feed-forward in every block, two attention layers, slower heads from the
