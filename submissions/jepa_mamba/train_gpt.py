@@ -170,6 +170,8 @@ class Config:
     # Embedding and head
     embed_dim: int = option(336, "width of the factored embedding; 0: model_dim")
     embed_init_std: float = option(0.02, "standard deviation of the initial embedding")
+    bigram_buckets: int = option(0, "rows of a table of hashed token pairs that is added to the embedding; 0: none")
+    bigram_dim: int = option(32, "width of that table")
     tie_embeddings: int = option(
         1, "0 own head; 1 tied; 2 tied + learned correction; 3 tied + GELU adapter", (0, 1, 2, 3)
     )
@@ -300,7 +302,7 @@ class Config:
 MODEL_FIELDS = (
     *("vocab_size", "model_dim", "num_layers", "d_state", "d_conv", "expand", "headdim", "ngroups", "attn_layers"),
     *("attn_headdim", "attn_window", "mlp_mult", "mlp_every", "activation", "unet_skips", "x0_mix", "document_reset"),
-    *("dt_apart", "repeat_blocks", "parallel_residual"),
+    *("dt_apart", "repeat_blocks", "parallel_residual", "bigram_buckets", "bigram_dim"),
     *("embed_dim", "tie_embeddings", "vocab_bias", "logit_softcap", "softcap_type", "train_seq_len"),
 )
 SCORING_FIELDS = ("eval_modes", "eval_seq_len", "sliding_eval_stride", "ttt_lr", "ttt_chunk_tokens")
@@ -388,6 +390,7 @@ def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
 
 AT_LEAST_ONE = (
     *("vocab_size", "model_dim", "num_layers", "d_state", "expand", "headdim", "ngroups", "chunk_size", "attn_headdim"),
+    "bigram_dim",
     *(
         "train_seq_len",
         "train_batch_tokens",
@@ -633,6 +636,13 @@ class StreamState(NamedTuple):
 
     layers: tuple[LayerState, ...]
     document_ids_BS: Tensor | None
+    last_token_B: Tensor | None  # kept where the model embeds pairs of tokens
+
+    def rows(self, count: int) -> StreamState:
+        """Of the first streams."""
+        layers = tuple(LayerState(layer.first[:count], layer.second[:count]) for layer in self.layers)
+        ids = (None if t is None else t[:count] for t in (self.document_ids_BS, self.last_token_B))
+        return StreamState(layers, *ids)
 
 
 class Documents(NamedTuple):
@@ -851,6 +861,38 @@ class Block(nn.Module):
         return x_BTD, new_state
 
 
+class HashedBigrams(nn.Module):
+    """A small embedding of every token together with the one before it, in a table of hashed pairs.
+
+    Source: hashed n-gram embeddings (Svenstrup et al. 2017), as entries of the challenge use them. Pairs share rows by
+    chance. The first token of a stream or document has none before it, which is a token of its own here. The projection
+    starts at 0, so that training starts with the model without the table.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.nothing = config.vocab_size
+        self.table = nn.Embedding(config.bigram_buckets, config.bigram_dim)
+        nn.init.normal_(self.table.weight, std=config.embed_init_std)
+        self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def buckets(self, ids_BT: Tensor, documents: Documents | None, last_token_B: Tensor | None) -> Tensor:
+        """Rows (B, T) int64 of the table; last_token (B): what came before the window, if anything did."""
+        before_BT = ids_BT.roll(1, 1)
+        before_BT[:, 0] = self.nothing if last_token_B is None else last_token_B
+        if documents is not None:
+            starts_BT = documents.now_BT != documents.now_BT.roll(1, 1)
+            goes_on_B = documents.goes_on_B
+            starts_BT[:, 0] = True if goes_on_B is None else ~goes_on_B
+            before_BT = before_BT.masked_fill(starts_BT, self.nothing)
+        return (before_BT * 36313 + ids_BT * 27191) % self.table.num_embeddings
+
+    def forward(self, ids_BT: Tensor, documents: Documents | None, last_token_B: Tensor | None) -> Tensor:
+        """Token ids -> what is added to their embeddings (B, T, D)."""
+        return self.proj(rms_norm_torch(self.table(self.buckets(ids_BT, documents, last_token_B)), 1e-12))
+
+
 class LanguageModel(nn.Module):
     """What ships: embedding, blocks with U-Net skips, tied or own head."""
 
@@ -874,11 +916,12 @@ class LanguageModel(nn.Module):
         adapter = c.tie_embeddings == 3
         self.lm_head_adapter = nn.Linear(c.model_dim, c.effective_embed_dim, bias=False) if adapter else None
         self.lm_head = nn.Linear(c.model_dim, c.vocab_size, bias=False) if c.tie_embeddings == 0 else None
+        self.bigrams = HashedBigrams(c) if c.bigram_buckets else None  # last: what draws before it draws the same
 
     def empty_state(self, batch: int) -> StreamState:
         like = self.embed_proj.weight if self.embed_proj is not None else self.token_embed.weight
         states = (self.blocks[i].mixer.empty_state(batch, like) for i in self.order)  # pyright: ignore
-        return StreamState(tuple(states), None)
+        return StreamState(tuple(states), None, None)
 
     def encode(
         self,
@@ -899,7 +942,10 @@ class LanguageModel(nn.Module):
         x_BTD = self.token_embed(ids_BT)
         if self.embed_proj is not None:
             x_BTD = self.embed_proj(x_BTD)
-        x_BTD = x0_BTD = rms_norm_torch(x_BTD, 1e-12)  # embeddings are small: eps must not show
+        x_BTD = rms_norm_torch(x_BTD, 1e-12)  # embeddings are small: eps must not show
+        if self.bigrams is not None:
+            x_BTD = x_BTD + self.bigrams(ids_BT, documents, state.last_token_B if state else None)
+        x0_BTD = x_BTD
         skips: list[Tensor] = []
         layers: list[LayerState] = []
         for i, index in enumerate(self.order):
@@ -918,7 +964,8 @@ class LanguageModel(nn.Module):
             remembered = torch.cat([ids for ids in seen if ids is not None], dim=1)[
                 :, -max(self.config.window - 1, 1) :
             ]
-        return rms_norm_torch(x_BTD, 1e-6), StreamState(tuple(layers), remembered)
+        last_token_B = ids_BT[:, -1] if self.bigrams is not None else None
+        return rms_norm_torch(x_BTD, 1e-6), StreamState(tuple(layers), remembered, last_token_B)
 
     def head(self, h_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states -> (rows (N, E), weight (V, E), bias (V) or None): raw logits are rows @ weight.T + bias."""
@@ -1128,7 +1175,7 @@ def storage_spec(name: str, tensor: Tensor, config: Config) -> GridSpec:
 
 def optimizer_group(name: str, tensor: Tensor) -> str:
     """muon, embed or scalar, exactly one. Convolution taps are a vector per channel, not a matrix: scalar."""
-    if name.endswith(("token_embed.weight", "lm_head_correction")):
+    if name.endswith(("token_embed.weight", "lm_head_correction", "bigrams.table.weight")):
         return "embed"
     return "muon" if tensor.ndim == 2 and name.endswith(".weight") else "scalar"
 
@@ -1679,9 +1726,7 @@ def token_nll(
         for offset in range(0, max((end - start for start, end in own), default=0), length):
             alive = [(start + offset, end) for start, end in own if start + offset < end]
             if state is not None:  # lanes that have ended are the last rows
-                rows = len(alive)
-                ids_BS = None if state.document_ids_BS is None else state.document_ids_BS[:rows]
-                state = StreamState(tuple(LayerState(s.first[:rows], s.second[:rows]) for s in state.layers), ids_BS)
+                state = state.rows(len(alive))
             width = min(length, max(end - start for start, end in alive))
             nll_BT, state = run(alive, width, state)
             computed += nll_BT.numel()
@@ -1910,8 +1955,18 @@ def layer_statistics(
     def keep_embedded(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         embedded.append(output)
 
+    def count_pairs(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def backward(gradient: Tensor) -> None:
+            g_NE = gradient.reshape(-1, gradient.shape[-1]).float()
+            add(hessian, "bigrams", g_NE.T @ g_NE)
+
+        add(sensitivity, "bigrams", torch.bincount(inputs[0].reshape(-1), minlength=module.num_embeddings))
+        output.register_hook(backward)
+
     handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
     handles.append(lm.token_embed.register_forward_hook(keep_embedded))
+    if lm.bigrams is not None:
+        handles.append(lm.bigrams.table.register_forward_hook(count_pairs))
     own_head = lm.lm_head is not None
     networks = [module for module in lm.modules() if isinstance(module, FeedForward)]
     try:
@@ -1949,7 +2004,10 @@ def layer_statistics(
             part[name] = ranks.sum(part[name]).cpu() / tokens
     found = {name: LayerStatistics(hessian[name].numpy(), sensitivity[name].numpy()) for name in modules}
     seen_V, might_V = sensitivity["input"].numpy(), sensitivity["output"].numpy()
-    floor = 0.1 / tokens  # a token that this text lacks is not free
+    floor = 0.1 / tokens  # a token or pair that this text lacks is not free
+    if lm.bigrams is not None:
+        seen_N = sensitivity["bigrams"].numpy()
+        found["bigrams.table.weight"] = LayerStatistics(hessian["bigrams"].numpy(), seen_N + floor)
     in_EE, out_EE = hessian["input"].numpy(), hessian["output"].numpy()
     if own_head:
         found["token_embed.weight"] = LayerStatistics(in_EE, seen_V + floor)

@@ -192,6 +192,8 @@ VARIANTS = [
     {"attn_layers": "0,2", "document_reset": True},
     {"document_reset": True},
     {"attn_layers": "1", "document_reset": True, "repeat_blocks": "0,1", "parallel_residual": True, "dt_apart": True},
+    {"bigram_buckets": 61},
+    {"bigram_buckets": 61, "attn_layers": "1", "document_reset": True},
 ]
 
 
@@ -225,7 +227,7 @@ def test_a_stream_in_pieces_is_the_stream(options: dict, cuts: list[int]) -> Non
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"document_reset": True}, {"document_reset": True, "attn_layers": "1"}], ids=str)
+@pytest.mark.parametrize("options", [v for v in VARIANTS if v.get("document_reset")], ids=str)
 def test_documents_do_not_see_each_other(options: dict) -> None:
     lm = randomised(tiny(**options))
     first, second = torch.randint(0, 250, (1, 13)), torch.randint(0, 250, (1, 19))

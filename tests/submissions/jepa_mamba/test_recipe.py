@@ -18,6 +18,7 @@ from common.quant.grid import GridSpec
 from common.text.loader import TokenLoader
 from submissions.jepa_mamba import train_gpt
 from submissions.jepa_mamba.train_gpt import (
+    Documents,
     Pace,
     Progress,
     Ranks,
@@ -30,6 +31,7 @@ from submissions.jepa_mamba.train_gpt import (
     covariance_penalty,
     gain_by_position,
     jepa_scale_at,
+    layer_statistics,
     main,
     parse_command,
     seconds_now,
@@ -104,6 +106,47 @@ def test_parallel_residual_reads_one_input() -> None:
     torch.testing.assert_close(block(x, x, None, None)[0], expected, atol=1e-5, rtol=1e-5)
     sequential = randomised(tiny(x0_mix=False)).blocks[0]
     assert not torch.allclose(sequential(x, x, None, None)[0], expected, atol=1e-3)
+
+
+def test_pairs_of_tokens_are_embedded_by_their_hash() -> None:
+    config = tiny(bigram_buckets=61, bigram_dim=8, document_reset=True)
+    lm = randomised(config)
+    ids = torch.tensor([[4, 7, 7, 250, 7], [9, 4, 7, 7, 7]])
+    documents = torch.tensor([[0, 0, 0, 1, 1], [3, 3, 3, 3, 4]], dtype=torch.int32)
+    before = [[None, 4, 7, None, 250], [None, 9, 4, 7, None]]
+    added = torch.zeros(2, 5, 32)
+    for b, t in itertools.product(range(2), range(5)):
+        last = config.vocab_size if before[b][t] is None else before[b][t]
+        row = lm.bigrams.table.weight[(36313 * last + 27191 * int(ids[b, t])) % 61]
+        added[b, t] = lm.bigrams.proj.weight @ (row / row.square().mean().sqrt())
+    found = lm.bigrams(ids, Documents(documents, None), None)
+    torch.testing.assert_close(found, added, atol=1e-6, rtol=1e-5)
+    whole = lm.bigrams.buckets(ids, None, None)
+    assert torch.equal(whole[:, 3:], lm.bigrams.buckets(ids[:, 3:], None, ids[:, 2]))  # carried from before
+    assert not torch.equal(whole[:, 3:], lm.bigrams.buckets(ids[:, 3:], None, None))
+    # without them the model starts the same: what it has beside them draws the same, and they add nothing at first
+    start, plain = (TrainingModel(replace(config, bigram_buckets=n), KERNELS).lm for n in (61, 0))
+    assert all(torch.equal(start.state_dict()[name], value) for name, value in plain.state_dict().items())
+    assert torch.equal(start.encode(ids, documents)[0], plain.encode(ids, documents)[0])
+
+
+def test_statistics_of_pairs_are_their_counts_and_gradients() -> None:
+    config = tiny(bigram_buckets=61, num_layers=1, jepa_weight=0.0, sigreg_lambda=0.0)
+    lm, batch = randomised(config), batch_of(config)
+    rows = batch.x_BT.shape[0]
+    found = layer_statistics(lm, batch.x_BT, batch.y_BT, batch.document_ids_BT, rows, ALONE)["bigrams.table.weight"]
+    tokens = batch.x_BT.numel()
+    counts = torch.bincount(lm.bigrams.buckets(batch.x_BT, None, None).reshape(-1), minlength=61).double()
+    np.testing.assert_allclose(found.sensitivity_R, (counts.numpy() + 0.1) / tokens, rtol=1e-6)
+    seen: list[torch.Tensor] = []
+    handle = lm.bigrams.table.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    head = lm.head(lm.encode(batch.x_BT, batch.document_ids_BT)[0])
+    handle.remove()
+    options = {"cap": config.logit_softcap, "kind": lm.softcap_kind, "z_weight": 0.0}
+    mean, _, _ = lm.kernels.softcap_xent(*head, batch.y_BT.reshape(-1), **options)
+    (g_BTE,) = torch.autograd.grad(mean * tokens, seen)
+    g_NE = g_BTE.flatten(0, 1).double()
+    np.testing.assert_allclose(found.hessian_CC, (g_NE.T @ g_NE).numpy() / tokens, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{"muon_normalize_rows": False}, {"muon_polynomial": "polar_express"}], ids=str)

@@ -48,7 +48,9 @@ from tests.submissions.jepa_mamba.conftest import ENTRY, flags, losses_of, run_e
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 KERNELS = select_kernels("torch", ALONE.device)
-EVERYTHING = {"attn_layers": "1", "ema_decay": 0.9, "muon_split_in_proj": True, "document_reset": True}
+EVERYTHING = {
+    "attn_layers": "1", "ema_decay": 0.9, "muon_split_in_proj": True, "document_reset": True, "bigram_buckets": 200,
+}  # fmt: skip
 
 
 def batch_of(config, seed: int = 0) -> StepBatch:
