@@ -390,8 +390,8 @@ def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
 
 AT_LEAST_ONE = (
     *("vocab_size", "model_dim", "num_layers", "d_state", "expand", "headdim", "ngroups", "chunk_size", "attn_headdim"),
-    "bigram_dim",
     *(
+        "bigram_dim",
         "train_seq_len",
         "train_batch_tokens",
         "micro_batch_tokens",
@@ -639,7 +639,7 @@ class StreamState(NamedTuple):
     last_token_B: Tensor | None  # kept where the model embeds pairs of tokens
 
     def rows(self, count: int) -> StreamState:
-        """Of the first streams."""
+        """The state of the first `count` streams."""
         layers = tuple(LayerState(layer.first[:count], layer.second[:count]) for layer in self.layers)
         ids = (None if t is None else t[:count] for t in (self.document_ids_BS, self.last_token_B))
         return StreamState(layers, *ids)
@@ -2426,8 +2426,11 @@ def load_model(path: str | Path, kernels_choice: str, ranks: Ranks) -> tuple[Lan
     check_config(config)
     if config.num_layers > len(arrays):
         raise ConfigError(f"{path}: describes {config.num_layers} layers but holds {len(arrays)} tensors")
-    with torch.device("meta"):
-        lm = LanguageModel(config, select_kernels(kernels_choice, ranks.device))
+    try:
+        with torch.device("meta"):
+            lm = LanguageModel(config, select_kernels(kernels_choice, ranks.device))
+    except RuntimeError as error:  # sizes that are each allowed and whose product is not
+        raise ConfigError(f"{path}: describes a model that no memory could hold ({str(error)[:100]})") from error
     described = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
     held = {name: array.shape for name, array in arrays.items()}
     if described != held:

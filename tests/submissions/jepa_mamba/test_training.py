@@ -571,6 +571,8 @@ def test_two_ranks_train_as_one(byte_data: Path, tmp_path: Path, options: dict) 
         ({"model": {"model_dim": "wide"}}, "model_dim is 'wide'; expected int"),
         ({"model": {"num_layers": 10**9}}, "describes 1000000000 layers"),
         ({"model": {"model_dim": 64 * 10**6}}, "tensors do not fit"),
+        ({"model": {"bigram_buckets": 100}}, "tensors do not fit"),
+        ({"model": {"bigram_buckets": 2**52, "bigram_dim": 2**40}}, "no memory could hold"),
         ({"model": {"headdim": 0}}, "headdim is 0"),
         ({"model": {"seed": 3}}, "not an artifact of this entry"),
         ({"model": None}, "not an artifact of this entry"),
