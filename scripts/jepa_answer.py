@@ -60,7 +60,27 @@ def answer(results: Results) -> str:
     if best:
         return f"**To JEPA**: {', '.join(f'`{arm}`' for arm in best)} met the preregistered rule.{at_size}"
     more = f" The search names {', '.join(candidates)}, not confirmed." if candidates else searched(results)
-    return f"**Not to JEPA**: no arm of the main study met the preregistered rule. `best_*` have it off.{more}{at_size}"
+    rule = "**Not to JEPA**: no arm of the main study met the preregistered rule. `best_*` have it off."
+    return f"{rule}{if_free(main)}{more}{at_size}"
+
+
+def if_free(result: Mapping[str, Any]) -> str:
+    """Which arms a study finds better at equal steps, where the objective costs nothing; complete budgets only."""
+    steps: dict[str, list[str]] = {}  # by what won
+    for budget in result["budgets"]:
+        if budget == PRIMARY or not complete(result, budget):
+            continue
+        arms = result["budgets"][budget]["arms"]
+        better = [arm for arm in arms if arm not in CONTROLS and arms[arm].get("verdict") == "better"]
+        steps.setdefault(", ".join(f"`{arm}`" for arm in better) or "none of them", []).append(steps_of(result, budget))
+    return "".join(
+        f" At equal steps ({' and '.join(counts)}) {arms} beat the reference." for arms, counts in steps.items()
+    )
+
+
+def steps_of(result: Mapping[str, Any], budget: str) -> str:
+    """How many steps the arms of a budget of equal steps make, for a heading."""
+    return str(result["budgets"][budget]["limits"]["iterations"])
 
 
 def searched(results: Results) -> str:
@@ -131,7 +151,8 @@ def summary(results: Results) -> str:
     main = results.get("jepa_mini")
     if main is None or not main["finished_runs"]:
         return answer(results)
-    told = {PRIMARY: "equal time", "steps": "equal steps"}
+    others = [budget for budget in main["budgets"] if budget != PRIMARY and complete(main, budget)]
+    told = {PRIMARY: "equal time", **{budget: f"{steps_of(main, budget)} equal steps" for budget in others}}
     heads = "".join(f" at {name}, bpb | |" for name in told.values())
     lines = [f"| arm against `{main['reference']}` |{heads}", f"|{' --- |' * (1 + 2 * len(told))}"]
     for arm in main["arms"]:
@@ -139,7 +160,7 @@ def summary(results: Results) -> str:
             continue
         line = f"| {arm} |"
         for budget in told:
-            found = main["budgets"][budget]["arms"].get(arm, {})
+            found = main["budgets"].get(budget, {"arms": {}})["arms"].get(arm, {})
             line += f" {interval_text(found.get('val_bpb_difference'))} | {found.get('verdict', '–')} |"
         lines.append(line)
     about = (

@@ -60,6 +60,23 @@ def test_the_decision_rule() -> None:
     assert "Of 8 other forms, with 3 seeds, decayed in the mean teaches more in as many steps." in found
 
 
+def test_what_equal_steps_say_is_told_for_complete_budgets_alone() -> None:
+    none = {"jepa_mini": report(MAIN, {})}
+    assert "At equal steps (300 and 900) none of them beat the reference." in answer(none)
+    assert (
+        "| arm against `off` | at equal time, bpb | | at 300 equal steps, bpb | | at 900 equal steps, bpb | |"
+        in summary(none)
+    )
+    free = report(MAIN, {"weight_001": -0.01, "shuffled": -0.01})
+    for budget in ("time", "steps"):
+        free["budgets"][budget] = none["jepa_mini"]["budgets"][budget]
+    said = answer({"jepa_mini": free})
+    assert "**Not to JEPA**" in said  # the rule is of equal time
+    assert "At equal steps (300) none of them beat the reference. At equal steps (900) `weight_001` beat" in said
+    free["budgets"]["steps_long"]["arms"]["shuffled"]["seeds"] = [1, 2]
+    assert "900" not in answer({"jepa_mini": free}) + summary({"jepa_mini": free})
+
+
 def test_studies_are_told_with_their_latents_and_a_changed_spec_shows() -> None:
     result = report(MAIN, {"weight_001": -0.01})
     text = document({"jepa_mini": result})
