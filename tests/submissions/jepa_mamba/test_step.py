@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.cpu import compile_obstacle
@@ -105,8 +106,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, triton_lacks: str, packages: bool) 
     ("device", "triton_lacks", "packages", "name", "reason"),
     [
         (CUDA, "", True, "mamba_ssm", "auto: packages installed; --kernels triton has yet to be shown on a GPU"),
-        (CUDA, "", False, "torch",
-         "auto: mamba_ssm, causal_conv1d not installed; --kernels triton has yet to be shown on a GPU"),
+        (
+            CUDA,
+            "",
+            False,
+            "torch",
+            "auto: mamba_ssm, causal_conv1d not installed; --kernels triton has yet to be shown on a GPU",
+        ),
         (CUDA, "triton is not installed", True, "mamba_ssm", "auto: packages installed; triton is not installed"),
         (CUDA, "x", False, "torch", "auto: mamba_ssm, causal_conv1d not installed; x"),
         (CPU, "", True, "torch", "auto: device is cpu, not cuda"),
@@ -157,6 +163,36 @@ def test_triton_and_torch_forms_take_the_same_step(kernel_device):
     if device.type == "cpu":  # in bfloat16 a code may fall to the other side
         for name, master in found["torch"][1].master.items():
             torch.testing.assert_close(found["triton"][1].master[name], master, rtol=1e-3, atol=2e-4, msg=name)
+
+
+# Staying on the device
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"document_reset": True, "attn_layers": "1", "ema_decay": 0.9, "ema_start_fraction": 0.0, "bigram_buckets": 64},
+        {"jepa_stride": 2, "jepa_shuffle": True, "projector_type": "mlp", "tie_embeddings": 3, "dt_apart": True},
+    ],
+    ids=["attention", "jepa"],
+)
+def test_a_step_never_mixes_devices(options, monkeypatch):
+    """A GPU refuses to add what lies elsewhere; so do these tensors of another device, which have no numbers."""
+    away = torch.device("meta")
+    config = tiny(num_layers=2, train_batch_tokens=128, **options)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # tensors without numbers cannot move
+    with FakeTensorMode():
+        with away:
+            trainer = Trainer(config, select_kernels("torch", CPU), Ranks(0, 1, away))
+        for optimizer in trainer.optimizers.values():
+            for group in optimizer.param_groups:
+                group.update(fused=False)
+        batch = on_device(batch_of(config), away)
+        losses = trainer.step(batch, Progress(0, 0.0))
+        assert {t.device for t in (*losses.values(), *trainer.masters.ema.values())} == {away}
+        x_BT, y_BT, ids_BT = batch.x_BT, batch.y_BT.cpu(), batch.document_ids_BT
+        with pytest.raises(RuntimeError, match="device"):  # so the test can fail
+            trainer.step(StepBatch(x_BT, y_BT, ids_BT, {}), Progress(1, 0.0))
 
 
 # Waiting for the device
