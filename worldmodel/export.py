@@ -16,7 +16,7 @@ from flax import nnx
 
 from common.artifact.budget import SizeReport
 from common.artifact.container import encode_artifact, load_artifact, save_artifact
-from common.errors import ArtifactError, CheckpointError, ConfigError
+from common.errors import ArtifactError, ConfigError
 from common.quant.gptq import LayerStatistics
 from common.quant.grid import BF16_GRID, GridSpec, QuantizedTensor, quantize
 from common.quant.plan import ModelPlan, fit_model
@@ -63,19 +63,6 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def fill_model(model: Any, flat: dict[str, np.ndarray], *, where: str) -> Any:
-    """A model with these inference values; counters of training stay as built."""
-    params, stats = values_of(model)
-    kept = {name: np.asarray(v) for name, v in flatten_names(stats).items() if name.endswith(TRAINING_ONLY)}
-    given = {name.removeprefix("stats/"): v for name, v in flat.items() if name.startswith("stats/")}
-    weights = {name.removeprefix("params/"): v for name, v in flat.items() if name.startswith("params/")}
-    try:
-        filled = fill_names(params, weights, where=where), fill_names(stats, {**kept, **given}, where=where)
-    except CheckpointError as error:
-        raise ArtifactError(str(error)) from error
-    return Functional(model).merge(*filled)
-
-
 def derives_codes(config: TrainConfig) -> bool:
     """Whether the dynamics holds a copy of the codebook, which is not stored: it follows from the tokenizer's."""
     return config.dynamics.kind != "diffusion" and config.dynamics.tie_codebook
@@ -95,19 +82,23 @@ def stored_values(world: World) -> dict[str, np.ndarray]:
     return values
 
 
-def check_fits(build: Callable[[], Any], flat: dict[str, np.ndarray], *, where: str) -> None:
-    """Lay a model out without memory and hold its inference values against those of a file.
+def model_of(build: Callable[[], Any], flat: dict[str, np.ndarray], *, where: str) -> Any:
+    """A model with the inference values of a file; counters of training start at zero.
+
+    The model is laid out without memory first: what the file describes must fit what it holds.
 
     Raises:
         ArtifactError: the model cannot be built, or a name or shape differs.
     """
     try:
-        params, stats = values_of(nnx.eval_shape(build))
+        model = nnx.eval_shape(build)
+        params, stats = values_of(model)
     except (ConfigError, ValueError, TypeError, ArithmeticError, IndexError, AssertionError, StopIteration) as error:
         raise ArtifactError(f"{where}: describes a model that cannot be built ({str(error)[:300]})") from error
-    wanted = {f"params/{name}": tuple(value.shape) for name, value in flatten_names(params).items()}
-    wanted |= {f"stats/{name}": tuple(value.shape) for name, value in flatten_names(stats).items()}
-    wanted = {name: shape for name, shape in wanted.items() if not name.endswith(TRAINING_ONLY)}
+    described = {f"params/{name}": value for name, value in flatten_names(params).items()}
+    described |= {f"stats/{name}": value for name, value in flatten_names(stats).items()}
+    counters = {name: np.zeros(v.shape, v.dtype) for name, v in described.items() if name.endswith(TRAINING_ONLY)}
+    wanted = {name: tuple(value.shape) for name, value in described.items() if name not in counters}
     held = {name: value.shape for name, value in flat.items()}
     if differing := sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name)):
         name = differing[0]
@@ -115,6 +106,8 @@ def check_fits(build: Callable[[], Any], flat: dict[str, np.ndarray], *, where: 
             f"{where}: {len(differing)} tensors do not fit the model that it describes, the first {name}: "
             f"{held.get(name, 'absent')} held, {wanted.get(name, 'none')} described"
         )
+    filled = fill_names({"params": params, "stats": stats}, {**flat, **counters}, where=where)
+    return Functional(model).merge(filled["params"], filled["stats"])
 
 
 def check_plausible(config: TrainConfig, tensors: dict[str, np.ndarray], *, where: str) -> None:
@@ -246,20 +239,18 @@ def load_exported(path: str | Path) -> World:
             raise ArtifactError(f"{path}: unknown tensor {full!r}; expected names under tokenizer/ and dynamics/")
         parts[prefix][name] = matrix_rows(name, value) if is_quantized(value) else value
 
-    def build_tokenizer() -> Tokenizer:
+    def new_tokenizer() -> Tokenizer:
         return Tokenizer(config.tokenizer, rngs=nnx.Rngs(0))
 
-    def build_empty_dynamics() -> Dynamics:
+    def new_dynamics() -> Dynamics:
         return build_dynamics(config, num_actions=actions, rngs=nnx.Rngs(0))
 
-    check_fits(build_tokenizer, parts["tokenizer"], where=f"{path}, tokenizer")
-    tokenizer = fill_model(build_tokenizer(), parts["tokenizer"], where=str(path))
+    tokenizer = model_of(new_tokenizer, parts["tokenizer"], where=f"{path}, tokenizer")
     if derives_codes(config) and meta["format"] != FORMATS[0]:
         if DERIVED in tensors:
             raise ArtifactError(f"{path}: holds {DERIVED}, which follows from the codebook")
         parts["dynamics"][DERIVED.partition("/")[2]] = standardize_codes(np.asarray(tokenizer.quantizer.codes))
-    check_fits(build_empty_dynamics, parts["dynamics"], where=f"{path}, dynamics")
-    dynamics = fill_model(build_empty_dynamics(), parts["dynamics"], where=str(path))
+    dynamics = model_of(new_dynamics, parts["dynamics"], where=f"{path}, dynamics")
     return World(
         config, tokenizer, dynamics, meta["num_actions"], source=f"artifact ({meta.get('grid')}) {Path(path).name}"
     )

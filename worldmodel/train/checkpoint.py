@@ -323,11 +323,11 @@ class Checkpoints:
         """Part of a checkpoint for inference (params, stats, ema), without optimizer state.
 
         Args:
-            target: tree of arrays, a subset of the saved one.
+            target: tree of arrays or of their shapes and types, a subset of the saved one.
             step: which; the newest by default.
 
         Returns:
-            The tree with saved values.
+            The tree with saved values, on one device, wherever they lay when they were saved.
 
         Raises:
             CheckpointError: none there, damaged, or of another model.
@@ -335,7 +335,8 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise CheckpointError(f"{self.path}: no complete checkpoint to restore")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         state = self._read(
             step, "state", ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)

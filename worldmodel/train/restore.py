@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ def load_run_config(run_dir: str | Path) -> TrainConfig:
     )
 
 
-def load_values(run_dir: str | Path, model: Any) -> Any:
-    """Fill a fresh model with a run's newest weights (the averaged ones where the run kept an average)."""
+def load_values(run_dir: str | Path, build: Callable[[nnx.Rngs], Any]) -> Any:
+    """A model with a run's newest weights (the averaged ones where the run kept an average).
+
+    Args:
+        run_dir: run folder.
+        build: makes a model of its configuration. Only laid out: nothing random is drawn to be thrown away.
+    """
     config = load_run_config(run_dir)
+    model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     params, stats = values_of(model)
     name = "ema" if config.optim.ema > 0 else "params"
     checkpoints = Checkpoints(run_dir, keep=1, read_only=True)
@@ -70,20 +77,20 @@ def load_tokenizer(run_dir: str | Path, expected: TokenizerConfig | None = None)
     """
     config = _require_stage(run_dir, "tokenizer")
     _require_equal(run_dir, config.tokenizer, expected)
-    return load_values(run_dir, Tokenizer(config.tokenizer, rngs=nnx.Rngs(0)))
+    return load_values(run_dir, lambda rngs: Tokenizer(config.tokenizer, rngs=rngs))
 
 
 def load_lam(run_dir: str | Path, expected: LamConfig | None = None) -> LatentActionModel:
     """The stand-alone action model of a run. See `load_tokenizer`."""
     config = _require_stage(run_dir, "lam")
     _require_equal(run_dir, config.lam, expected)
-    return load_values(run_dir, LatentActionModel(config.lam, rngs=nnx.Rngs(0)))
+    return load_values(run_dir, lambda rngs: LatentActionModel(config.lam, rngs=rngs))
 
 
 def load_jepa(run_dir: str | Path, num_actions: int) -> Jepa:
     """The JEPA world model of a run. See `load_tokenizer`."""
     config = _require_stage(run_dir, "jepa")
-    return load_values(run_dir, Jepa(config.jepa, num_actions=num_actions, rngs=nnx.Rngs(0)))
+    return load_values(run_dir, lambda rngs: Jepa(config.jepa, num_actions=num_actions, rngs=rngs))
 
 
 def load_dynamics(run_dir: str | Path, num_actions: int) -> tuple[TrainConfig, Dynamics]:
@@ -100,4 +107,4 @@ def load_dynamics(run_dir: str | Path, num_actions: int) -> tuple[TrainConfig, D
         CheckpointError: another stage, another number of actions, or no checkpoint.
     """
     config = _require_stage(run_dir, "dynamics")
-    return config, load_values(run_dir, build_dynamics(config, num_actions=num_actions, rngs=nnx.Rngs(0)))
+    return config, load_values(run_dir, lambda rngs: build_dynamics(config, num_actions=num_actions, rngs=rngs))

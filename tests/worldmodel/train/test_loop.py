@@ -20,7 +20,7 @@ from worldmodel.train.checkpoint import Checkpoints
 from worldmodel.train.loop import initial_state, make_objective, make_step, train
 from worldmodel.train.objectives import DynamicsObjective
 from worldmodel.train.restore import load_dynamics, load_tokenizer
-from worldmodel.train.state import Functional, make_mesh, state_shardings
+from worldmodel.train.state import Functional, make_mesh, state_shardings, values_of
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,8 @@ def test_eight_devices_give_the_loss_of_one_and_their_checkpoint_fits_one(mesh, 
     ]
     for step in (2, 4, 6):
         assert entries[1][step] == pytest.approx(entries[0][step], rel=2e-4)
+    for tree in values_of(load_dynamics(many.run_dir, 3)[1]):
+        assert {len(x.devices()) for x in jax.tree.leaves(tree)} <= {1}
     on_one = dataclasses.replace(many, mesh=MeshConfig())
     assert fit(on_one)["seconds_from_step"] == 4
     resumed = {
@@ -217,7 +219,7 @@ def test_co_trained_action_codes_get_their_own_gradient(tmp_path, tokenizer_run)
             model = functional.merge(params, state["stats"])
             return objective.loss(model, objective.frozen, clips, jax.random.key(0))[0]
 
-        grads[weight] = jax.grad(loss)(state["params"])["lam"]
+        grads[weight] = jax.jit(jax.grad(loss))(state["params"])["lam"]
     assert not grads[0.0]["quantizer"]["codebook"].any()  # the published fault: codes that never learn
     assert float(np.abs(grads[1.0]["quantizer"]["codebook"]).max()) > 1e-6
     assert float(np.abs(grads[1.0]["latent_out"]["kernel"]).max()) > 1e-6
