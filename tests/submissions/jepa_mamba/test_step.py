@@ -106,13 +106,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, triton_lacks: str, packages: bool) 
     ("device", "triton_lacks", "packages", "name", "reason"),
     [
         (CUDA, "", True, "mamba_ssm", "auto: packages installed; --kernels triton has yet to be shown on a GPU"),
-        (
-            CUDA,
-            "",
-            False,
-            "torch",
-            "auto: mamba_ssm, causal_conv1d not installed; --kernels triton has yet to be shown on a GPU",
-        ),
+        (CUDA, "", False, "torch",
+         "auto: mamba_ssm, causal_conv1d not installed; --kernels triton has yet to be shown on a GPU"),
         (CUDA, "triton is not installed", True, "mamba_ssm", "auto: packages installed; triton is not installed"),
         (CUDA, "x", False, "torch", "auto: mamba_ssm, causal_conv1d not installed; x"),
         (CPU, "", True, "torch", "auto: device is cpu, not cuda"),
