@@ -73,6 +73,18 @@ def nearest_bf16(x):
     return bits.to(tl.float32, bitcast=True)
 
 
+@triton_kernel
+def sigmoid_fast(x):
+    """Inside a kernel: 1 / (1 + exp(-x)) of float32; 0 and 1 at the infinities.
+
+    Five instructions: exp2 and rsqrt flush numbers below 2^-126 to zero and are one instruction each. With an
+    exponential to base e and a division, which keep such numbers, it is twelve. The relative error grows with |x|, as
+    that of exp2(x log2 e) does: below 1e-6 for |x| < 10, 4e-6 at -80.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
 def multiprocessors_of(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; for any other device those of the GPU that kernels are tuned for."""
     if device.type == "cuda":

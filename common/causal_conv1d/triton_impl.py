@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from common.causal_conv1d.torch_impl import conv1d_check_arguments
-from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton, triton_kernel
+from common.triton_support import (
+    kernel_is_interpreted,
+    nearest_bf16,
+    require_triton,
+    sigmoid_fast,
+    tl,
+    triton,
+    triton_kernel,
+)
 
 # Taps of the longest window that is kept in registers; shorter ones leave some unused.
 CONV1D_MOST_TAPS = 4
@@ -222,7 +230,7 @@ def _conv1d_forward_kernel(
                 now_D, back1_D, back2_D, back3_D, tap0_D, tap1_D, tap2_D, tap3_D, bias_D, TAPS
             )
             if SILU:
-                y_D = y_D / (1.0 + tl.exp(-y_D))
+                y_D *= sigmoid_fast(y_D)
             # int64: the offset in a sequence may pass 2^31 numbers where many channels meet a long one.
             if NEAREST:
                 y_D = nearest_bf16(y_D)
@@ -306,7 +314,7 @@ def _conv1d_backward_kernel(
                 sum_D = _conv1d_sum_taps(
                     now_D, back1_D, back2_D, back3_D, tap0_D, tap1_D, tap2_D, tap3_D, bias_D, TAPS
                 )
-                gate_D = 1.0 / (1.0 + tl.exp(-sum_D))
+                gate_D = sigmoid_fast(sum_D)
                 dsum_D *= gate_D * (1.0 + sum_D * (1.0 - gate_D))
             if t0 < first + SEGMENT:
                 dbias_D += dsum_D

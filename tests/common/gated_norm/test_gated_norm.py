@@ -65,6 +65,16 @@ def test_error_is_at_most_twice_that_of_the_plain_form(kernel_device, dtype, row
         assert np.abs(mine.double().numpy() - exact).max() <= bound
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter's exp2, as meant
+def test_a_gate_that_is_shut_or_wide_open(kernel_device):
+    """exp2 overflows and underflows there; nothing may become NaN, and an open gate is exactly 1."""
+    z = torch.tensor([-1e15, -3e4, -127.0, -88.5, -20.0, 20.0, 88.5, 127.0, 3e4, 1e5]).repeat(3, 1)
+    (y, _, weight), dout = make_inputs(3, 10, torch.float32)
+    found = run(gated_rms_norm_triton, [t.to(kernel_device) for t in (y, z, weight)], dout)
+    for mine, exact in zip(found, run_reference([y, z, weight], dout), strict=True):
+        assert np.abs(mine.double().numpy() - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
 def test_rows_do_not_meet(kernel_device):
     """Changing one row changes no other, bit for bit."""
     (y, z, weight), _ = make_inputs(9, 20, torch.float32)
