@@ -2,9 +2,9 @@
 
 Letters: R rows of all tensors together, one program each; T tensors; C columns of a row.
 
-Bitwise equal to `fake_quantize_torch` (and so to grid.py) for finite weights. What makes that so: division is the
-correctly rounded one, roundings are done by adding and subtracting 1.5 * 2**23 or on bit patterns, and a clipped grid's
-sum of squares halves the row in float64 in the order that grid.py defines.
+Bitwise equal to `fake_quantize_torch` (and so to grid.py) for finite weights. What makes that so: quotients are
+correctly rounded, roundings are done by adding and subtracting 1.5 * 2**23 or on bit patterns, and a clipped grid's sum
+of squares halves the row in float64 in the order that grid.py defines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.quant.grid import BF16_MAX, F32_GRID, FP8_E4M3_MAX, GRID_SCALE_MAX, GRID_SCALE_MIN, GridSpec, grid_rows
-from common.triton_support import nearest_bf16, require_triton, tl, triton_kernel
+from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton_kernel
 
 # Rules a program follows, in the table's column of that name.
 _RULE_INT, _RULE_FP8, _RULE_BF16, _RULE_F32 = range(4)
@@ -31,12 +31,35 @@ def _bounded(x, top):
 
 
 @triton_kernel
-def _nearest_fp8(x):
-    """float32 within +-448 rounded to e4m3, ties to even, kept as float32."""
-    bits = x.to(tl.int32, bitcast=True)
+def _fused(a, b, c, INTERPRETED: tl.constexpr):
+    """a b + c rounded once. The interpreter's tl.fma rounds twice; float64 holds the product of two float32 exactly."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton_kernel
+def _quotient(w, scale, inverse, INTERPRETED: tl.constexpr):
+    """w / scale correctly rounded, wherever it is not far below 1; inverse = 1 / scale, correctly rounded.
+
+    Source: Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor": a quotient
+    within one ulp, corrected by its exact remainder times the correctly rounded inverse, is the correctly rounded one;
+    the first of the two corrections brings it within one ulp. Five instructions, where a division that takes any number
+    has about twenty and a branch. All remainders are exact while scale stays above 2**-60 or so (the kernel's `lift`).
+    """
+    ratio = w * inverse
+    ratio = _fused(_fused(-scale, ratio, w, INTERPRETED), inverse, ratio, INTERPRETED)
+    return _fused(_fused(-scale, ratio, w, INTERPRETED), inverse, ratio, INTERPRETED)
+
+
+@triton_kernel
+def _nearest_fp8(x, signed):
+    """float32 within +-448 rounded to e4m3, ties to even, kept as float32; the sign is that of `signed`."""
+    bits = signed.to(tl.int32, bitcast=True)
     magnitude = tl.abs(x)
     # Normal numbers keep 3 bits of mantissa; below 2**-6 the grid is uniform with steps of 2**-9.
-    normal = (((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    pattern = magnitude.to(tl.int32, bitcast=True)
+    normal = ((pattern + 0x7FFFF + ((pattern >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
     small = (magnitude * 512.0 + 12582912.0) - 12582912.0
     rounded = tl.where(magnitude < 0.015625, small * 0.001953125, normal)
     rounded = (rounded.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
@@ -66,6 +89,38 @@ def _row_sigma(source, columns, WIDTH: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton_kernel
+def _on_grid(
+    w, rule, top, scale, lift, inverse,
+    BF16_TOP: tl.constexpr, RULE_INT: tl.constexpr, RULE_FP8: tl.constexpr, RULE_BF16: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Numbers of one row rounded to its grid."""
+    value = w
+    if (rule == RULE_INT) | (rule == RULE_FP8):
+        # Bounds are on the grid, so bounding first gives the same codes, and numbers small enough to round thus.
+        bounded = _bounded(_quotient(w * lift, scale * lift, inverse, INTERPRETED), top)
+        if rule == RULE_INT:
+            code = (bounded + 12582912.0) - 12582912.0
+            value = tl.where(code == 0.0, 0.0, code * scale)
+        else:
+            value = _nearest_fp8(bounded, w) * scale
+    elif rule == RULE_BF16:
+        value = tl.where(w != w, w, nearest_bf16(_bounded(w, BF16_TOP)))
+    return value
+
+
+@triton_kernel
+def _store_weights(narrow, wide, at, value, inside, to_bf16, INTERPRETED: tl.constexpr):
+    """Into bfloat16 or float32."""
+    if to_bf16:
+        if INTERPRETED:  # whose cast cuts off
+            value = tl.where(value != value, value, nearest_bf16(value))
+        tl.store(narrow + at, value.to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(wide + at, value, mask=inside)
+
+
+@triton_kernel
 def _fake_quantize_kernel(
     tensor_of_R,
     row_of_R,
@@ -83,6 +138,7 @@ def _fake_quantize_kernel(
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """One row: its scale, then its values, to bfloat16 or float32."""
     tensor = tl.load(tensor_of_R + tl.program_id(0))
@@ -100,55 +156,51 @@ def _fake_quantize_kernel(
     source = source_address.to(tl.pointer_type(tl.float32)) + row * stride
     narrow = target_address.to(tl.pointer_type(tl.bfloat16)) + row * stride
     wide = target_address.to(tl.pointer_type(tl.float32)) + row * stride
+    columns = tl.minimum(stride, numbers - row * stride).to(tl.int32)
+    # Numbers in eights are read and written 16 bytes at a time; up to seven are left at the end.
+    eights = columns
     if ALIGNED:
         source = tl.multiple_of(source, 16)
         narrow = tl.multiple_of(narrow, 16)
         wide = tl.multiple_of(wide, 16)
-    columns = tl.minimum(stride, numbers - row * stride).to(tl.int32)
+        eights = tl.multiple_of(columns & -8, 8)
     c = tl.arange(0, BLOCK_C)
+    last = eights + tl.arange(0, 8)
     scale = tl.full((), 1.0, tl.float32)
     if scaled:
         clip = tl.load(clip_T + tensor)
-        if CLIPPED:
-            limit = tl.full((), 0.0, tl.float32)
-            if clip > 0:
-                limit = (_row_sigma(source, columns, WIDTH, LEVELS) * clip).to(tl.float32)
-            else:
-                for first in range(0, columns, BLOCK_C):
-                    w = tl.load(source + first + c, mask=first + c < columns, other=0.0)
-                    limit = tl.maximum(limit, tl.max(tl.abs(w), axis=0))
+        limit = tl.full((), 0.0, tl.float32)
+        if CLIPPED and clip > 0:
+            limit = (_row_sigma(source, columns, WIDTH, LEVELS) * clip).to(tl.float32)
         else:
             most = tl.zeros((BLOCK_C,), tl.float32)
-            for first in range(0, columns, BLOCK_C):
-                most = tl.maximum(most, tl.abs(tl.load(source + first + c, mask=first + c < columns, other=0.0)))
+            for first in range(0, eights, BLOCK_C):
+                most = tl.maximum(most, tl.abs(tl.load(source + first + c, mask=first + c < eights, other=0.0)))
             limit = tl.max(most, axis=0)
+            if eights < columns:
+                few = tl.load(source + last, mask=last < columns, other=0.0)
+                limit = tl.maximum(limit, tl.max(tl.abs(few), axis=0))
         scale = tl.div_rn(limit, top)
         scale = tl.minimum(tl.maximum(scale, SCALE_MIN), SCALE_MAX)
         if stored_in_bf16:
             scale = nearest_bf16(scale)
-    for first in range(0, columns, BLOCK_C):
-        inside = first + c < columns
+    # Remainders of a quotient by a tiny scale would fall below float32's range: both are brought up, exactly.
+    lift = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # 2**-60, 2**64
+    inverse = tl.div_rn(1.0, scale * lift)
+    for first in range(0, eights, BLOCK_C):
+        inside = first + c < eights
         w = tl.load(source + first + c, mask=inside, other=0.0)
-        value = w
-        if rule == RULE_INT:
-            ratio = tl.div_rn(w, tl.zeros((BLOCK_C,), tl.float32) + scale)
-            # Bounds are whole numbers, so bounding first gives the same codes, and numbers small enough to round thus.
-            bounded = _bounded(ratio, top)
-            code = (bounded + 12582912.0) - 12582912.0
-            value = tl.where(code == 0.0, 0.0, code * scale)
-        elif rule == RULE_FP8:
-            ratio = w
-            if scaled:
-                ratio = tl.div_rn(w, tl.zeros((BLOCK_C,), tl.float32) + scale)
-            value = _nearest_fp8(_bounded(ratio, top)) * scale
-        elif rule == RULE_BF16:
-            value = tl.where(w != w, w, nearest_bf16(_bounded(w, BF16_TOP)))
-        if to_bf16:
-            # Rounded before the cast, which the interpreter makes by cutting off.
-            rounded = tl.where(value != value, value, nearest_bf16(value))
-            tl.store(narrow + first + c, rounded.to(tl.bfloat16), mask=inside)
-        else:
-            tl.store(wide + first + c, value, mask=inside)
+        value = _on_grid(
+            w, rule, top, scale, lift, inverse, BF16_TOP, RULE_INT, RULE_FP8, RULE_BF16, INTERPRETED
+        )
+        _store_weights(narrow, wide, first + c, value, inside, to_bf16, INTERPRETED)
+    if eights < columns:
+        inside = last < columns
+        w = tl.load(source + last, mask=inside, other=0.0)
+        value = _on_grid(
+            w, rule, top, scale, lift, inverse, BF16_TOP, RULE_INT, RULE_FP8, RULE_BF16, INTERPRETED
+        )
+        _store_weights(narrow, wide, last, value, inside, to_bf16, INTERPRETED)
 
 
 class FakeQuantizeAll:
@@ -254,8 +306,10 @@ class FakeQuantizeAll:
             RULE_BF16=_RULE_BF16,
             CLIPPED=self.clipped,
             ALIGNED=self.aligned,
-            BLOCK_C=1024,
+            # A warp a row; a clipped grid holds a whole row in float64.
+            BLOCK_C=1024 if self.clipped else 256,
             WIDTH=self.width,
             LEVELS=self.width.bit_length() - 1,
-            num_warps=4,
+            INTERPRETED=kernel_is_interpreted(_fake_quantize_kernel),
+            num_warps=4 if self.clipped else 1,
         )

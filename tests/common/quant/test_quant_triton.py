@@ -53,6 +53,20 @@ def test_ties_zeros_and_signs(kernel_device):
     assert_same_bits([rows] * len(LABELS), LABELS, kernel_device)
 
 
+@pytest.mark.parametrize("columns", [64, 67])
+def test_quotients_beside_ties(kernel_device, columns):
+    """Weights one float32 beside the middle between two codes, scales of any mantissa: a quotient off by a bit shows."""
+    rng = np.random.default_rng(columns)
+    scales = np.ldexp(1 + rng.random(48), rng.integers(-90, 90, 48)).astype(np.float32)[:, None]
+    codes = rng.integers(-7, 7, (48, columns)) + np.float32(0.5)
+    rows = np.nextafter(codes * scales, rng.choice([-np.inf, 0, np.inf], codes.shape)).astype(np.float32)
+    rows[:, 0] = 7 * scales[:, 0]
+    labels = ["int4/f32", "int4", "fp8/f32", "int6/clip4"]
+    assert_same_bits([rows] * len(labels), labels, kernel_device)
+    # Rows one by one: a single row may end inside a group of eight, which is read whole where all rows allow it.
+    assert_same_bits(list(rows[:5]), ["int4/tensor"] * 5, kernel_device)
+
+
 def test_every_bfloat16_neighbourhood(kernel_device):
     """Every sign, exponent and 7-bit mantissa with low halves around the ties, through the casts without a scale."""
     upper = np.arange(1 << 16, dtype=np.uint32)[::3] << 16
