@@ -57,6 +57,35 @@ def _sigreg_project(
 
 
 @triton_kernel
+def _sigreg_wave(angle):
+    """cos and sin of float32 angles, both from one reduction to +-pi/4, within 2^-23 up to angles of 6e6.
+
+    Source: Cody and Waite 1980; the polynomials are Taylor's with their last terms fitted (errors below 2^-25). Angles
+    beyond that, whose float32 neighbours lie half a turn apart, come out as some point near the circle; infinities as
+    NaN. The library's sine and cosine bring each its own reduction, and a loop on the stack for huge angles.
+    """
+    turns = angle * 0.6366197723675814 + 12582912.0  # quarter turns, rounded into the low bits
+    quarter = turns.to(tl.int32, bitcast=True)
+    turns -= 12582912.0
+    rest = tl.fma(turns, -1.5707962512969971, angle)
+    rest = tl.fma(turns, -7.549789415861596e-08, rest)
+    rest = tl.fma(turns, -5.390302529957765e-15, rest)
+    rest = tl.maximum(rest, -1.1, propagate_nan=tl.PropagateNan.ALL)
+    rest = tl.minimum(rest, 1.1, propagate_nan=tl.PropagateNan.ALL)
+    square = rest * rest
+    sin = rest + rest * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
+    cos = 1.0 - 0.5 * square + square * square * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
+    odd = (quarter & 1) == 1
+    cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    # The sign bits: cosine is negative in the second and third quarter, sine in the third and fourth.
+    cos_sign = ((quarter + 1) & 2) << 30
+    sin_sign = (quarter & 2) << 30
+    cos = (cos.to(tl.int32, bitcast=True) ^ cos_sign).to(tl.float32, bitcast=True)
+    sin = (sin.to(tl.int32, bitcast=True) ^ sin_sign).to(tl.float32, bitcast=True)
+    return cos, sin
+
+
+@triton_kernel
 def _sigreg_knot(k, knots, first_knot, step):
     """t, exp(-t^2/2) and the weight of one knot, as `sigreg_quadrature`; a table would come from the host each time."""
     t = first_knot + k * step
@@ -101,10 +130,10 @@ def _sigreg_moments_kernel(
         )
         # Samples that are not there turn as nothing: cosine and sine 0 at every knot.
         here = tl.where(n < samples, 1.0, 0.0)[:, None]
-        cos = tl.cos(p * first_knot) * here
-        sin = tl.sin(p * first_knot) * here
-        cos_step = tl.cos(p * step)
-        sin_step = tl.sin(p * step)
+        cos, sin = _sigreg_wave(p * first_knot)
+        cos *= here
+        sin *= here
+        cos_step, sin_step = _sigreg_wave(p * step)
         for k in range(KNOTS):
             cosines += tl.where((knot == k)[:, None], tl.sum(cos, axis=0)[None, :], 0.0)
             sines += tl.where((knot == k)[:, None], tl.sum(sin, axis=0)[None, :], 0.0)
@@ -177,10 +206,8 @@ def _sigreg_gradient_kernel(
     p = _sigreg_project(
         z_here, A_ptr, n, m, samples, projections, width, stride_n, BLOCK_N, BLOCK_M, BLOCK_D, SPLIT, WIDEN
     )
-    cos = tl.cos(p * first_knot)
-    sin = tl.sin(p * first_knot)
-    cos_step = tl.cos(p * step)
-    sin_step = tl.sin(p * step)
+    cos, sin = _sigreg_wave(p * first_knot)
+    cos_step, sin_step = _sigreg_wave(p * step)
     dp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     errors = errors_ptr + position * projections + m
     for k in range(KNOTS):
