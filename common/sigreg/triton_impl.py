@@ -1,7 +1,7 @@
 """SIGReg in Triton: projection, sines and cosines and their sums over samples in one kernel each way.
 
 Letters: N samples, T positions, D width, M projections, K knots, S slices of the samples, F moments (2 K: cosines, then
-sines).
+sines), X terms that A is the sum of.
 """
 
 from __future__ import annotations
@@ -11,13 +11,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.sigreg.torch_impl import sigreg_check_arguments, sigreg_quadrature
-from common.triton_support import kernel_is_interpreted, require_triton, tl, triton, triton_kernel
+from common.triton_support import kernel_is_interpreted, nearest_bf16, require_triton, tl, triton, triton_kernel
+
+
+@triton_kernel
+def _sigreg_terms_kernel(A_ptr, terms_ptr, width, projections, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """A (D, M) as its transpose, or as two of bfloat16 whose sum it is (SPLIT): what products read without detours."""
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (d < width)[:, None] & (m < projections)[None, :]
+    A = tl.load(A_ptr + (d * projections)[:, None] + m[None, :], mask=inside, other=0.0)
+    at = terms_ptr + (m * width)[:, None] + d[None, :]
+    if SPLIT:
+        high = nearest_bf16(A)
+        tl.store(at, high.to(tl.bfloat16).T, mask=inside.T)
+        tl.store(at + projections * width, nearest_bf16(A - high).to(tl.bfloat16).T, mask=inside.T)
+    else:
+        tl.store(at, A.T, mask=inside.T)
 
 
 @triton_kernel
 def _sigreg_project(
     z_ptr,
-    A_ptr,
+    terms_ptr,
     n,
     m,
     samples,
@@ -30,8 +46,8 @@ def _sigreg_project(
     SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """p = z A for some samples and projections at one position. SPLIT: z is bfloat16, and A enters as a sum of two."""
-    p = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    """p = A^T z^T, (M, N), at one position. Projections in rows: sums over samples then stay inside a warp."""
+    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         z = tl.load(
@@ -39,42 +55,40 @@ def _sigreg_project(
             mask=(n < samples)[:, None] & (d < width)[None, :],
             other=0.0,
         )
-        A = tl.load(
-            A_ptr + (d * projections)[:, None] + m[None, :],
-            mask=(d < width)[:, None] & (m < projections)[None, :],
-            other=0.0,
-        )
+        at = terms_ptr + (m * width)[:, None] + d[None, :]
+        inside = (m < projections)[:, None] & (d < width)[None, :]
+        A = tl.load(at, mask=inside, other=0.0)
         if SPLIT:
+            low = tl.load(at + projections * width, mask=inside, other=0.0)
             if WIDEN:
-                p = tl.dot(z.to(tl.float32), A, p, input_precision="ieee")
-            else:
-                high = A.to(tl.bfloat16)
-                p = tl.dot(z, high, p)
-                p = tl.dot(z, (A - high.to(tl.float32)).to(tl.bfloat16), p)
+                z, A, low = z.to(tl.float32), A.to(tl.float32), low.to(tl.float32)
+            p = tl.dot(A, z.T, p, input_precision="ieee")
+            p = tl.dot(low, z.T, p, input_precision="ieee")
         else:
-            p = tl.dot(z, A, p, input_precision="tf32x3")
+            p = tl.dot(A, z.T, p, input_precision="tf32x3")
     return p
 
 
 @triton_kernel
 def _sigreg_wave(angle):
-    """cos and sin of float32 angles, both from one reduction to +-pi/4, within 2^-23 up to angles of 6e6.
+    """cos and sin of float32 angles, both from one reduction to about +-pi/4: within 1e-7 up to angles of 1e6.
 
-    Source: Cody and Waite 1980; the polynomials are Taylor's with their last terms fitted (errors below 2^-25). Angles
-    beyond that, whose float32 neighbours lie half a turn apart, come out as some point near the circle; infinities as
-    NaN. The library's sine and cosine bring each its own reduction, and a loop on the stack for huge angles.
+    Source: Cody and Waite 1980, "Software Manual for the Elementary Functions"; minimax polynomials of the Cephes
+    library. Angles above 6e6, whose float32 neighbours lie half a radian apart, come out as some point near the circle,
+    infinities as NaN. The library's sine and cosine bring a reduction each, and a loop on the stack for huge angles.
     """
     turns = angle * 0.6366197723675814 + 12582912.0  # quarter turns, rounded into the low bits
     quarter = turns.to(tl.int32, bitcast=True)
     turns -= 12582912.0
-    rest = tl.fma(turns, -1.5707962512969971, angle)
-    rest = tl.fma(turns, -7.549789415861596e-08, rest)
-    rest = tl.fma(turns, -5.390302529957765e-15, rest)
+    rest = tl.fma(turns, -1.5703125, angle)  # pi/2 in three parts, the first two short: exact products
+    rest = tl.fma(turns, -4.837512969970703125e-4, rest)
+    rest = tl.fma(turns, -7.54978995489188e-8, rest)
     rest = tl.maximum(rest, -1.1, propagate_nan=tl.PropagateNan.ALL)
     rest = tl.minimum(rest, 1.1, propagate_nan=tl.PropagateNan.ALL)
     square = rest * rest
     sin = rest + rest * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
-    cos = 1.0 - 0.5 * square + square * square * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
+    cos = -1.388731625493765e-3 + square * 2.443315711809948e-5
+    cos = 1.0 - 0.5 * square + square * square * (4.166664568298827e-2 + square * cos)
     odd = (quarter & 1) == 1
     cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
     # The sign bits: cosine is negative in the second and third quarter, sine in the third and fourth.
@@ -97,7 +111,7 @@ def _sigreg_knot(k, knots, first_knot, step):
 @triton_kernel
 def _sigreg_moments_kernel(
     z_ptr,
-    A_ptr,
+    terms_ptr,
     sums_ptr,
     samples,
     positions,
@@ -120,30 +134,30 @@ def _sigreg_moments_kernel(
     position = tl.program_id(1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     knot = tl.arange(0, ROWS)
-    cosines = tl.zeros((ROWS, BLOCK_M), tl.float32)
-    sines = tl.zeros((ROWS, BLOCK_M), tl.float32)
+    cosines = tl.zeros((BLOCK_M, ROWS), tl.float32)
+    sines = tl.zeros((BLOCK_M, ROWS), tl.float32)
     for tile in range(tiles_each):
         n = (tl.program_id(2) * tiles_each + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         z_here = z_ptr + position.to(tl.int64) * stride_t
         p = _sigreg_project(
-            z_here, A_ptr, n, m, samples, projections, width, stride_n, BLOCK_N, BLOCK_M, BLOCK_D, SPLIT, WIDEN
+            z_here, terms_ptr, n, m, samples, projections, width, stride_n, BLOCK_N, BLOCK_M, BLOCK_D, SPLIT, WIDEN
         )
         # Samples that are not there turn as nothing: cosine and sine 0 at every knot.
-        here = tl.where(n < samples, 1.0, 0.0)[:, None]
+        here = tl.where(n < samples, 1.0, 0.0)[None, :]
         cos, sin = _sigreg_wave(p * first_knot)
         cos *= here
         sin *= here
         cos_step, sin_step = _sigreg_wave(p * step)
         for k in range(KNOTS):
-            cosines += tl.where((knot == k)[:, None], tl.sum(cos, axis=0)[None, :], 0.0)
-            sines += tl.where((knot == k)[:, None], tl.sum(sin, axis=0)[None, :], 0.0)
+            cosines += tl.where((knot == k)[None, :], tl.sum(cos, axis=1)[:, None], 0.0)
+            sines += tl.where((knot == k)[None, :], tl.sum(sin, axis=1)[:, None], 0.0)
             turned = cos * cos_step - sin * sin_step
             sin = sin * cos_step + cos * sin_step
             cos = turned
     # (S, 2 K, T, M)
     row = (tl.program_id(2) * 2 * KNOTS + knot).to(tl.int64) * positions + position
-    inside = (knot < KNOTS)[:, None] & (m < projections)[None, :]
-    place = sums_ptr + (row * projections)[:, None] + m[None, :]
+    inside = (knot < KNOTS)[None, :] & (m < projections)[:, None]
+    place = sums_ptr + (row * projections)[None, :] + m[:, None]
     tl.store(place, cosines, mask=inside)
     tl.store(place + KNOTS * positions * projections, sines, mask=inside)
 
@@ -179,7 +193,7 @@ def _sigreg_compare_kernel(
 @triton_kernel
 def _sigreg_gradient_kernel(
     z_ptr,
-    A_ptr,
+    terms_ptr,
     errors_ptr,
     scale_ptr,
     dp_ptr,
@@ -204,23 +218,23 @@ def _sigreg_gradient_kernel(
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     z_here = z_ptr + position.to(tl.int64) * stride_t
     p = _sigreg_project(
-        z_here, A_ptr, n, m, samples, projections, width, stride_n, BLOCK_N, BLOCK_M, BLOCK_D, SPLIT, WIDEN
+        z_here, terms_ptr, n, m, samples, projections, width, stride_n, BLOCK_N, BLOCK_M, BLOCK_D, SPLIT, WIDEN
     )
     cos, sin = _sigreg_wave(p * first_knot)
     cos_step, sin_step = _sigreg_wave(p * step)
-    dp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     errors = errors_ptr + position * projections + m
     for k in range(KNOTS):
         t, _, weight = _sigreg_knot(k, KNOTS, first_knot, step)
         by_sin = tl.load(errors + k * positions * projections, mask=m < projections, other=0.0) * (weight * t)
         by_cos = tl.load(errors + (KNOTS + k) * positions * projections, mask=m < projections, other=0.0) * (weight * t)
-        dp += cos * by_cos[None, :] - sin * by_sin[None, :]
+        dp += cos * by_cos[:, None] - sin * by_sin[:, None]
         turned = cos * cos_step - sin * sin_step
         sin = sin * cos_step + cos * sin_step
         cos = turned
     dp *= tl.load(scale_ptr)
-    place = dp_ptr + ((n.to(tl.int64) * positions + position) * projections)[:, None] + m[None, :]
-    tl.store(place, dp, mask=(n < samples)[:, None] & (m < projections)[None, :])
+    place = dp_ptr + ((n.to(tl.int64) * positions + position) * projections)[None, :] + m[:, None]
+    tl.store(place, dp, mask=(n < samples)[None, :] & (m < projections)[:, None])
 
 
 def sigreg_triton(
@@ -267,10 +281,17 @@ class _SigregTriton(torch.autograd.Function):
         tiles = -(-samples // tile["BLOCK_N"])
         tiles_each = max(1, tiles * blocks_m * positions // 2048)
         slices = -(-tiles // tiles_each)
+        terms_XMD = torch.empty(
+            2 if tile["SPLIT"] else 1, projections, width, dtype=z_NTD.dtype, device=z_NTD.device
+        )
+        block = 32 if tile["WIDEN"] else 64
+        _sigreg_terms_kernel[(-(-width // block), -(-projections // block))](
+            A_DM, terms_XMD, width, projections, SPLIT=tile["SPLIT"], BLOCK=block
+        )
         sums_SFTM = A_DM.new_empty(slices, 2 * knots, positions, projections)
         _sigreg_moments_kernel[(blocks_m, positions, slices)](
             z_NTD,
-            A_DM,
+            terms_XMD,
             sums_SFTM,
             samples,
             positions,
@@ -300,14 +321,14 @@ class _SigregTriton(torch.autograd.Function):
         _sigreg_compare_kernel[(parts.numel(),)](
             buffer, buffer[-1:], parts, numbers, knots, first_knot, step, BLOCK=block
         )
-        ctx.save_for_backward(z_NTD, A_DM, buffer)
+        ctx.save_for_backward(z_NTD, A_DM, terms_XMD, buffer)
         ctx.knots, ctx.ranks, ctx.tile = knots, ranks, tile
         return parts.sum() / numbers
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        z_NTD, A_DM, buffer = ctx.saved_tensors
+        z_NTD, A_DM, terms_XMD, buffer = ctx.saved_tensors
         samples, positions, width = z_NTD.shape
         projections, knots = A_DM.shape[1], ctx.knots
         t_K, _, _ = sigreg_quadrature(knots)
@@ -318,7 +339,7 @@ class _SigregTriton(torch.autograd.Function):
         grid = (-(-projections // tile["BLOCK_M"]), positions, -(-samples // tile["BLOCK_N"]))
         _sigreg_gradient_kernel[grid](
             z_NTD,
-            A_DM,
+            terms_XMD,
             buffer,
             scale,
             dp_NTM,
@@ -343,9 +364,9 @@ def _sigreg_tile(z_NTD: Tensor) -> dict[str, int | bool]:
     return {
         "BLOCK_N": 16 if small else 32 if interpreted else 64,
         "BLOCK_M": 32 if interpreted else 64,
-        "BLOCK_D": 32,
+        "BLOCK_D": 32 if interpreted or z_NTD.dtype == torch.float32 else 64,
         "SPLIT": z_NTD.dtype == torch.bfloat16,
         "WIDEN": interpreted,
-        "num_warps": 4 if small else 8,
-        "num_stages": 3,
+        "num_warps": 4,
+        "num_stages": 2,
     }

@@ -57,6 +57,25 @@ def test_error_is_at_most_twice_that_of_the_torch_form(kernel_device, dtype, sha
     assert errors[0][1] <= 2 * errors[1][1] + 1e-5
 
 
+@pytest.mark.parametrize("scale", [30.0, 1e3, 1e5])
+def test_angles_of_many_turns(kernel_device, scale):
+    """One number a sample and a projection of 1: angles are exact products, as in the torch form."""
+    z = torch.linspace(-scale, scale, 24, device=kernel_device)[:, None]
+    A = torch.ones(1, 1, device=kernel_device)
+    found = value_and_gradient(sigreg_triton, z, A, per_timestep=False)
+    expected = value_and_gradient(sigreg_torch, z, A, per_timestep=False)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=5e-6)
+
+
+def test_embeddings_that_have_run_away_show(kernel_device):
+    A = torch.ones(1, 1, device=kernel_device)
+    huge = sigreg_triton(torch.full((20, 1), 1e30, device=kernel_device), A, per_timestep=False)
+    assert 0.0 <= huge.item() < 10.0
+    endless = sigreg_triton(torch.full((20, 1), torch.inf, device=kernel_device), A, per_timestep=False)
+    assert not torch.isfinite(endless)
+
+
 def test_samples_in_slices_and_strided_rows(kernel_device):
     """Many samples are summed in slices of whole tiles; z may be a view with other strides."""
     z, A = make_inputs(kernel_device, (150, 9), projections=5)
