@@ -364,7 +364,8 @@ def _sigreg_tile(z_NTD: Tensor) -> dict[str, int | bool]:
     return {
         "BLOCK_N": 16 if small else 32 if interpreted else 64,
         "BLOCK_M": 32 if interpreted else 64,
-        "BLOCK_D": 32 if interpreted or z_NTD.dtype == torch.float32 else 64,
+        # Pooled, sums over many tiles wait in registers beside the waves: those of 64 would spill there.
+        "BLOCK_D": 32 if interpreted or z_NTD.shape[1] == 1 or z_NTD.dtype == torch.float32 else 64,
         "SPLIT": z_NTD.dtype == torch.bfloat16,
         "WIDEN": interpreted,
         "num_warps": 4,
