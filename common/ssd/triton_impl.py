@@ -6,6 +6,7 @@ chunks, s number of segments. In kernels: i the position that reads, j the posit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,45 +117,58 @@ def ssd_triton_launch(kernel: str, dtype: torch.dtype, width: int, n: int) -> di
         return {"num_warps": 8, "num_stages": 1 if kernel == "gradient" else 2}
     if _ssd_is_large(dtype, width, n):
         return {"num_warps": 4 if kernel == "states" else 8, "num_stages": 2}
-    return {"num_warps": 4, "num_stages": 2 if kernel == "gradient" else 3}
+    return {"num_warps": 4, "num_stages": 3}
 
 
 @triton_kernel
-def _ssd_decay_sums(
-    dt_ptr, ids_ptr, rate, first, length, stride_dt_t,
-    L: tl.constexpr, DOCUMENTS: tl.constexpr,
+def _ssd_decays_kernel(
+    dt_ptr, A_ptr, ids_ptr, sums_ptr, added_ptr, runs_ptr,
+    length, chunks, heads, stride_dt_b, stride_dt_t, stride_ids_b,
+    L: tl.constexpr, BLOCK_H: tl.constexpr, DOCUMENTS: tl.constexpr, LOGARITHMIC: tl.constexpr,
 ):  # fmt: skip
-    """dt, running sums of dt*rate in the chunk, its last value, running count of document changes, its last value.
+    """Of one chunk of some heads, in whole chunks of padded time: running sums of dt*rate, and what they say of dt.
 
-    Positions outside of the sequence have dt = 0: they neither decay nor add.
+    All other kernels read these: a running sum in each of them would put a dozen barriers before its first product. The
+    second tensor is dt, or (LOGARITHMIC) the running sum less log2(dt), so that exp2 of a difference holds dt as well.
+    runs counts the changes of document so far in the chunk. Positions outside of the sequence have dt = 0: they neither
+    decay nor add.
     """
-    offset_L = tl.arange(0, L)
-    position_L = first + offset_L
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    position_L = tl.program_id(0) % chunks * L + tl.arange(0, L)
+    h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside_L = position_L < length
-    dt_L = tl.load(dt_ptr + position_L * stride_dt_t, mask=inside_L, other=0.0)
+    exists_H = h_H < heads
+    rate_H = tl.load(A_ptr + h_H, mask=exists_H, other=0.0) * 1.4426950408889634  # log2(e): exp2 is the GPU's own
+    dt_HL = tl.load(
+        dt_ptr + b * stride_dt_b + h_H[:, None] + position_L[None, :].to(tl.int64) * stride_dt_t,
+        mask=exists_H[:, None] & inside_L[None, :], other=0.0,
+    )  # fmt: skip
     # Below exp2(-150) a step leaves nothing in float32 anyway; the bound keeps the sums, and so their rounding, small.
-    sums_L = tl.cumsum(tl.maximum(dt_L * rate, -200.0), 0)
-    # Taken out of the running sums, not summed again: the difference of the two would be an exponent.
-    total = tl.sum(tl.where(offset_L == L - 1, sums_L, 0.0), 0)
-    run_L = tl.zeros([L], tl.int32)
-    last_run = 0
+    sums_HL = tl.cumsum(tl.maximum(dt_HL * rate_H[:, None], -200.0), 1)
+    at_HL = ((b * heads + h_H) * chunks * L)[:, None] + position_L[None, :]
+    tl.store(sums_ptr + at_HL, sums_HL, mask=exists_H[:, None])
+    if LOGARITHMIC:
+        dt_HL = sums_HL - tl.log2(dt_HL)  # dt = 0: infinite, and exp2 of less than that 0
+    tl.store(added_ptr + at_HL, dt_HL, mask=exists_H[:, None])
     if DOCUMENTS:
         known_L = inside_L & (position_L > 0)
-        here_L = tl.load(ids_ptr + position_L, mask=known_L, other=0)
-        before_L = tl.load(ids_ptr + position_L - 1, mask=known_L, other=0)
-        changed_L = (here_L != before_L).to(tl.int32)
-        run_L = tl.cumsum(changed_L, 0)
-        last_run = tl.sum(changed_L, 0)
-    return dt_L, sums_L, total, run_L, last_run
+        here_L = tl.load(ids_ptr + b * stride_ids_b + position_L, mask=known_L, other=0)
+        before_L = tl.load(ids_ptr + b * stride_ids_b + position_L - 1, mask=known_L, other=0)
+        run_L = tl.cumsum((here_L != before_L).to(tl.int32), 0)
+        # All programs of a chunk write the same numbers.
+        tl.store(runs_ptr + b * chunks * L + position_L, run_L)
 
 
 @triton_kernel
-def _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS: tl.constexpr):
-    """What is left at the chunk's end of what a position adds."""
-    decay_L = tl.exp2(total - sums_L)
+def _ssd_to_end(sums_L, added_L, total, run_L, last_run, DOCUMENTS: tl.constexpr, LOGARITHMIC: tl.constexpr):
+    """dt times what is left at the chunk's end of what a position adds."""
+    if LOGARITHMIC:
+        kept_L = tl.exp2(total - added_L)
+    else:
+        kept_L = added_L * tl.exp2(total - sums_L)
     if DOCUMENTS:
-        decay_L = tl.where(run_L == last_run, decay_L, 0.0)
-    return decay_L
+        kept_L = tl.where(run_L == last_run, kept_L, 0.0)
+    return kept_L
 
 
 @triton_kernel
@@ -223,13 +237,12 @@ def _ssd_state_offsets(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, 
 
 @triton_kernel
 def _ssd_scan_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, ids_ptr, start_ptr, y_ptr, final_ptr,
-    length, segment, segments, heads, per_group,
-    stride_x_b, stride_x_t, stride_x_h, stride_dt_b, stride_dt_t,
-    stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g, stride_ids_b,
+    x_ptr, sums_ptr, added_ptr, B_ptr, C_ptr, D_ptr, runs_ptr, start_ptr, y_ptr, final_ptr,
+    length, segment, segments, chunks, heads, per_group,
+    stride_x_b, stride_x_t, stride_x_h, stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
     EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, HAS_START: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    LOGARITHMIC: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y of one segment of one head, the state walking along in registers; the last segment writes the final state.
 
@@ -242,13 +255,15 @@ def _ssd_scan_kernel(
     g = h // per_group
     x_ptr += b * stride_x_b + h * stride_x_h
     y_ptr += (b * length * heads + h) * P
-    dt_ptr += b * stride_dt_b + h
     B_ptr += b * stride_B_b + g * stride_B_g
     C_ptr += b * stride_C_b + g * stride_C_g
+    sums_ptr += (b * heads + h) * chunks * L
+    added_ptr += (b * heads + h) * chunks * L
     if DOCUMENTS:
-        ids_ptr += b * stride_ids_b
-    rate = tl.load(A_ptr + h) * 1.4426950408889634  # log2(e): exp2 is the GPU's own exponential
+        runs_ptr += b * chunks * L
     offset_L = tl.arange(0, L)
+    run_L = tl.zeros([L], tl.int32)
+    last_run = 0
 
     offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
     state_NP = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
@@ -262,9 +277,12 @@ def _ssd_scan_kernel(
         x_LP = _ssd_load_rows(x_ptr, first, length, stride_x_t, P, BLOCK_P, L, EVEN, WIDEN)
         B_LN = _ssd_load_rows(B_ptr, first, length, stride_B_t, N, BLOCK_N, L, EVEN, WIDEN)
         C_LN = _ssd_load_rows(C_ptr, first, length, stride_C_t, N, BLOCK_N, L, EVEN, WIDEN)
-        dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
-            dt_ptr, ids_ptr, rate, first, length, stride_dt_t, L, DOCUMENTS
-        )
+        sums_L = tl.load(sums_ptr + first + offset_L)
+        added_L = tl.load(added_ptr + first + offset_L)
+        total = tl.load(sums_ptr + first + L - 1)
+        if DOCUMENTS:
+            run_L = tl.load(runs_ptr + first + offset_L)
+            last_run = tl.load(runs_ptr + first + L - 1)
 
         # From the state that enters the chunk. What the state needs comes first: B and x then leave their registers.
         y_LP = tl.dot(C_LN, state_NP.to(x_LP.dtype), input_precision=PRECISION)
@@ -272,19 +290,16 @@ def _ssd_scan_kernel(
         if HAS_D:
             y_LP += direct * x_LP.to(tl.float32)
         # The state that leaves it.
-        kept_L = dt_L * _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
+        kept_L = _ssd_to_end(sums_L, added_L, total, run_L, last_run, DOCUMENTS, LOGARITHMIC)
         kept_LN = (B_LN.to(tl.float32) * kept_L[:, None]).to(x_LP.dtype)
         state_NP *= _ssd_through(total, last_run, DOCUMENTS)
         state_NP = tl.dot(tl.trans(kept_LN), x_LP, state_NP, input_precision=PRECISION)
         # Inside the chunk.
         weight_LL = tl.dot(C_LN, tl.trans(B_LN), input_precision=PRECISION)
-        if PRECISION == "tf32x3":
-            weight_LL *= tl.exp2(sums_L[:, None] - sums_L[None, :]) * dt_L[None, :]
-        else:
-            # dt_j in the exponent saves 16 registers, and the exponent's rounding is far below that of 16 bits. dt = 0
-            # makes it -inf and the weight 0.
-            added_L = sums_L - tl.log2(dt_L)
+        if LOGARITHMIC:
             weight_LL *= tl.exp2(sums_L[:, None] - added_L[None, :])
+        else:
+            weight_LL *= tl.exp2(sums_L[:, None] - sums_L[None, :]) * added_L[None, :]
         # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from chunk to chunk.
         row_L = offset_L + tl.minimum(first, 0)
         reaches_LL = row_L[:, None] >= offset_L[None, :]
@@ -300,12 +315,12 @@ def _ssd_scan_kernel(
 
 @triton_kernel
 def _ssd_states_kernel(
-    u_ptr, v_ptr, dt_ptr, A_ptr, ids_ptr, start_ptr, states_ptr, end_ptr, decay_ptr,
+    u_ptr, v_ptr, sums_ptr, added_ptr, runs_ptr, start_ptr, states_ptr, end_ptr, decay_ptr,
     length, segment, segments, chunks, heads, per_group,
-    stride_u_b, stride_u_t, stride_u_h, stride_v_b, stride_v_t, stride_v_g, stride_dt_b, stride_dt_t, stride_ids_b,
+    stride_u_b, stride_u_t, stride_u_h, stride_v_b, stride_v_t, stride_v_g,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
     EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_START: tl.constexpr, REVERSE: tl.constexpr,
-    SUMMARY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    SUMMARY: tl.constexpr, LOGARITHMIC: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The states between the chunks of one segment of one head.
 
@@ -320,10 +335,13 @@ def _ssd_states_kernel(
     g = h // per_group
     u_ptr += b * stride_u_b + h * stride_u_h
     v_ptr += b * stride_v_b + g * stride_v_g
-    dt_ptr += b * stride_dt_b + h
+    sums_ptr += (b * heads + h) * chunks * L
+    added_ptr += (b * heads + h) * chunks * L
     if DOCUMENTS:
-        ids_ptr += b * stride_ids_b
-    rate = tl.load(A_ptr + h) * 1.4426950408889634
+        runs_ptr += b * chunks * L
+    offset_L = tl.arange(0, L)
+    run_L = tl.zeros([L], tl.int32)
+    last_run = 0
 
     offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
     own = ((b * segments + part) * heads + h) * P * N
@@ -345,13 +363,16 @@ def _ssd_states_kernel(
             tl.store(at + offset_NP, stored_NP.to(states_ptr.dtype.element_ty), mask=exists_NP)
         u_LP = _ssd_load_rows(u_ptr, first, length, stride_u_t, P, BLOCK_P, L, EVEN, WIDEN)
         v_LN = _ssd_load_rows(v_ptr, first, length, stride_v_t, N, BLOCK_N, L, EVEN, WIDEN)
-        dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
-            dt_ptr, ids_ptr, rate, first, length, stride_dt_t, L, DOCUMENTS
-        )
+        total = tl.load(sums_ptr + first + L - 1)
+        if DOCUMENTS:
+            run_L = tl.load(runs_ptr + first + offset_L)
+            last_run = tl.load(runs_ptr + first + L - 1)
+        sums_L = tl.load(sums_ptr + first + offset_L)
         if REVERSE:
             kept_L = _ssd_from_start(sums_L, run_L, DOCUMENTS)
         else:
-            kept_L = dt_L * _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
+            added_L = tl.load(added_ptr + first + offset_L)
+            kept_L = _ssd_to_end(sums_L, added_L, total, run_L, last_run, DOCUMENTS, LOGARITHMIC)
         kept_LN = (v_LN.to(tl.float32) * kept_L[:, None]).to(u_LP.dtype)
         through = _ssd_through(total, last_run, DOCUMENTS)
         state_NP *= through
@@ -385,11 +406,11 @@ def _ssd_join_kernel(
 
 @triton_kernel
 def _ssd_gradient_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, ids_ptr, dy_ptr, entering_ptr, leaving_ptr,
+    x_ptr, dt_ptr, A_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, runs_ptr, dy_ptr, entering_ptr, leaving_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
     length, chunks, heads, per_group, groups,
     stride_x_b, stride_x_t, stride_x_h, stride_dt_b, stride_dt_t,
-    stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g, stride_ids_b,
+    stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g,
     stride_dy_b, stride_dy_t, stride_dy_h,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
     EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -409,8 +430,12 @@ def _ssd_gradient_kernel(
     x_ptr += b * stride_x_b
     dy_ptr += b * stride_dy_b
     dt_ptr += b * stride_dt_b
+    run_L = tl.zeros([L], tl.int32)
+    last_run = 0
     if DOCUMENTS:
-        ids_ptr += b * stride_ids_b
+        run_L = tl.load(runs_ptr + b * chunks * L + first + offset_L)
+        last_run = tl.load(runs_ptr + b * chunks * L + first + L - 1)
+    position_L = first + offset_L
     offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
     B_LN = _ssd_load_rows(
         B_ptr + b * stride_B_b + g * stride_B_g, first, length, stride_B_t, N, BLOCK_N, L, EVEN, WIDEN
@@ -434,11 +459,14 @@ def _ssd_gradient_kernel(
         if WIDEN:
             entering_NP, leaving_NP = entering_NP.to(tl.float32), leaving_NP.to(tl.float32)
         A = tl.load(A_ptr + h)
-        dt_L, sums_L, total, run_L, last_run = _ssd_decay_sums(
-            dt_ptr + h, ids_ptr, A * 1.4426950408889634, first, length, stride_dt_t, L, DOCUMENTS
-        )
+        dt_L = tl.load(dt_ptr + h + position_L * stride_dt_t, mask=position_L < length, other=0.0)
+        own_ptr = sums_ptr + ((b * heads + h) * chunks + chunk) * L
+        sums_L = tl.load(own_ptr + offset_L)
+        total = tl.load(own_ptr + L - 1)
         from_start_L = _ssd_from_start(sums_L, run_L, DOCUMENTS)
-        to_end_L = _ssd_to_end(sums_L, total, run_L, last_run, DOCUMENTS)
+        to_end_L = tl.exp2(total - sums_L)
+        if DOCUMENTS:
+            to_end_L = tl.where(run_L == last_run, to_end_L, 0.0)
 
         through = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32))
         through *= _ssd_through(total, last_run, DOCUMENTS)
@@ -487,7 +515,6 @@ def _ssd_gradient_kernel(
 
         dlog_L = tl.cumsum(read_L, 0, reverse=True) + tl.cumsum(written_L, 0) - written_L + through
         tl.store(dA_ptr + partial, tl.sum(dlog_L * dt_L, 0))
-        position_L = first + offset_L
         tl.store(
             ddt_ptr + (b * length + position_L) * heads + h, direct_L + dlog_L * A, mask=position_L < length
         )
@@ -509,48 +536,45 @@ class _SsdScanTriton(torch.autograd.Function):
         groups, n = B_BTGN.shape[2:]
         segment = ssd_triton_segment_length(length, chunk, batch * heads)
         segments = triton.cdiv(length, segment)
+        decays = _ssd_decays(dt_BTH, A_H, ids_BT, chunk, x_BTHP.dtype)
         starts = initial_BHPN
         if segments > 1:
-            starts = _ssd_segment_starts(
-                x_BTHP, B_BTGN, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, segment, reverse=False
-            )
+            starts = _ssd_segment_starts(x_BTHP, B_BTGN, decays, initial_BHPN, chunk, segment, reverse=False)
         y_BTHP = x_BTHP.new_empty(batch, length, heads, width)
         final_BHPN = dt_BTH.new_empty(batch, heads, width, n)
         _ssd_scan_kernel[(batch * segments * heads,)](
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, ids_BT, starts, y_BTHP, final_BHPN,
-            length, segment, segments, heads, heads // groups,
-            *x_BTHP.stride()[:3], *dt_BTH.stride()[:2], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
-            0 if ids_BT is None else ids_BT.stride(0),
-            HAS_D=D_H is not None, HAS_START=starts is not None,
-            **_ssd_constants("scan", x_BTHP, n, ids_BT, chunk),
+            x_BTHP, decays[0], decays[1], B_BTGN, C_BTGN, D_H, decays[2], starts, y_BTHP, final_BHPN,
+            length, segment, segments, triton.cdiv(length, chunk), heads, heads // groups,
+            *x_BTHP.stride()[:3], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
+            HAS_D=D_H is not None, HAS_START=starts is not None, LOGARITHMIC=_ssd_logarithmic(x_BTHP.dtype),
+            **_ssd_constants("scan", x_BTHP, n, decays, chunk),
         )  # fmt: skip
-        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, ids_BT)
+        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, *decays)
         ctx.chunk = chunk
         return y_BTHP, final_BHPN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_BTHP, dfinal_BHPN):
-        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, ids_BT = ctx.saved_tensors
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, *decays = ctx.saved_tensors
         chunk = ctx.chunk
         batch, length, heads = dt_BTH.shape
         groups, n = B_BTGN.shape[2:]
         chunks = triton.cdiv(length, chunk)
         dy_BTHP, dfinal_BHPN = _ssd_unit_stride(dy_BTHP), dfinal_BHPN.contiguous()
-        shared = (dt_BTH, A_H, ids_BT)
-        entering, _ = _ssd_chunk_states(x_BTHP, B_BTGN, *shared, initial_BHPN, chunk, reverse=False)
-        leaving, dinitial_BHPN = _ssd_chunk_states(dy_BTHP, C_BTGN, *shared, dfinal_BHPN, chunk, reverse=True)
+        entering, _ = _ssd_chunk_states(x_BTHP, B_BTGN, decays, initial_BHPN, chunk, reverse=False)
+        leaving, dinitial_BHPN = _ssd_chunk_states(dy_BTHP, C_BTGN, decays, dfinal_BHPN, chunk, reverse=True)
         dx_BTHP, ddt_BTH = x_BTHP.new_empty(x_BTHP.shape), dt_BTH.new_empty(dt_BTH.shape)
         dB_BTGN, dC_BTGN = B_BTGN.new_empty(B_BTGN.shape), C_BTGN.new_empty(C_BTGN.shape)
         dA_BcH = dt_BTH.new_empty(batch, chunks, heads)
         dD_BcH = None if D_H is None else dt_BTH.new_empty(batch, chunks, heads)
         _ssd_gradient_kernel[(batch * chunks * groups,)](
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, ids_BT, dy_BTHP, entering, leaving,
+            x_BTHP, dt_BTH, A_H, decays[0], B_BTGN, C_BTGN, D_H, decays[2], dy_BTHP, entering, leaving,
             dx_BTHP, ddt_BTH, dA_BcH, dB_BTGN, dC_BTGN, dD_BcH,
             length, chunks, heads, heads // groups, groups,
             *x_BTHP.stride()[:3], *dt_BTH.stride()[:2], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
-            0 if ids_BT is None else ids_BT.stride(0), *dy_BTHP.stride()[:3],
-            HAS_D=D_H is not None, **_ssd_constants("gradient", x_BTHP, n, ids_BT, chunk),
+            *dy_BTHP.stride()[:3],
+            HAS_D=D_H is not None, **_ssd_constants("gradient", x_BTHP, n, decays, chunk),
         )  # fmt: skip
         dA_H = dA_BcH.sum(dim=(0, 1))
         dD_H = None if dD_BcH is None else dD_BcH.sum(dim=(0, 1))
@@ -563,8 +587,31 @@ def _ssd_unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _ssd_constants(kernel: str, x_BTHP: Tensor, n: int, ids_BT: Tensor | None, chunk: int) -> dict[str, Any]:
-    """What the three kernels are compiled for."""
+def _ssd_logarithmic(dtype: torch.dtype) -> bool:
+    """Whether dt enters as an exponent. That saves registers, and its rounding is far below that of 16 bits."""
+    return dtype != torch.float32
+
+
+def _ssd_decays(
+    dt_BTH: Tensor, A_H: Tensor, ids_BT: Tensor | None, chunk: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Running sums, dt beside them (both (B, H, c L) in float32), and changes of document (B, c L); for all kernels."""
+    batch, length, heads = dt_BTH.shape
+    chunks = triton.cdiv(length, chunk)
+    sums_BHT = dt_BTH.new_empty(batch, heads, chunks * chunk)
+    added_BHT = torch.empty_like(sums_BHT)
+    runs_BT = None if ids_BT is None else dt_BTH.new_empty(batch, chunks * chunk, dtype=torch.int32)
+    block = min(16, triton.next_power_of_2(heads))
+    _ssd_decays_kernel[(batch * chunks, triton.cdiv(heads, block))](
+        dt_BTH, A_H, ids_BT, sums_BHT, added_BHT, runs_BT, length, chunks, heads,
+        *dt_BTH.stride()[:2], 0 if ids_BT is None else ids_BT.stride(0),
+        L=chunk, BLOCK_H=block, DOCUMENTS=ids_BT is not None, LOGARITHMIC=_ssd_logarithmic(dtype), num_warps=4,
+    )  # fmt: skip
+    return sums_BHT, added_BHT, runs_BT
+
+
+def _ssd_constants(kernel: str, x_BTHP: Tensor, n: int, decays: Sequence[Tensor | None], chunk: int) -> dict[str, Any]:
+    """What the three large kernels are compiled for."""
     width = x_BTHP.shape[3]
     return {
         "P": width,
@@ -573,43 +620,43 @@ def _ssd_constants(kernel: str, x_BTHP: Tensor, n: int, ids_BT: Tensor | None, c
         "BLOCK_N": max(16, triton.next_power_of_2(n)),
         "L": chunk,
         "EVEN": x_BTHP.shape[1] % chunk == 0,
-        "DOCUMENTS": ids_BT is not None,
+        "DOCUMENTS": decays[2] is not None,
         "WIDEN": kernel_is_interpreted(_ssd_scan_kernel) and x_BTHP.dtype == torch.bfloat16,
         "PRECISION": "tf32x3" if x_BTHP.dtype == torch.float32 else "tf32",
         **ssd_triton_launch(kernel, x_BTHP.dtype, width, n),
     }
 
 
-def _ssd_walk(u, v, dt_BTH, A_H, ids_BT, starts, states, ends, decays, chunk, segment, reverse) -> None:
+def _ssd_walk(u, v, decays, starts, states, ends, lefts, chunk, segment, reverse) -> None:
     """Launch `_ssd_states_kernel`; states None for the summary of each segment."""
     batch, length, heads, _ = u.shape
     segments = ends.shape[1]
     _ssd_states_kernel[(batch * segments * heads,)](
-        u, v, dt_BTH, A_H, ids_BT, starts, states, ends, decays,
+        u, v, *decays, starts, states, ends, lefts,
         length, segment, segments, triton.cdiv(length, chunk), heads, heads // v.shape[2],
-        *u.stride()[:3], *v.stride()[:3], *dt_BTH.stride()[:2], 0 if ids_BT is None else ids_BT.stride(0),
-        HAS_START=starts is not None, REVERSE=reverse, SUMMARY=states is None,
-        **_ssd_constants("states", u, v.shape[3], ids_BT, chunk),
+        *u.stride()[:3], *v.stride()[:3],
+        HAS_START=starts is not None, REVERSE=reverse, SUMMARY=states is None, LOGARITHMIC=_ssd_logarithmic(u.dtype),
+        **_ssd_constants("states", u, v.shape[3], decays, chunk),
     )  # fmt: skip
 
 
-def _ssd_segment_starts(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, segment, reverse) -> Tensor:
+def _ssd_segment_starts(u, v, decays, initial_BHPN, chunk, segment, reverse) -> Tensor:
     """States (B, s, H, P, N) that the segments start from (reverse: gradients that they end with)."""
     batch, length, heads, width = u.shape
     segments = triton.cdiv(length, segment)
-    ends = dt_BTH.new_empty(batch, segments, heads, width, v.shape[3])
-    decays = dt_BTH.new_empty(batch, segments, heads)
-    _ssd_walk(u, v, dt_BTH, A_H, ids_BT, None, None, ends, decays, chunk, segment, reverse)
+    ends = decays[0].new_empty(batch, segments, heads, width, v.shape[3])
+    lefts = decays[0].new_empty(batch, segments, heads)
+    _ssd_walk(u, v, decays, None, None, ends, lefts, chunk, segment, reverse)
     starts = torch.empty_like(ends)
     size = width * v.shape[3]
     _ssd_join_kernel[(batch * heads, triton.cdiv(size, 512))](
-        ends, decays, initial_BHPN, starts, segments, heads, size,
+        ends, lefts, initial_BHPN, starts, segments, heads, size,
         HAS_INITIAL=initial_BHPN is not None, REVERSE=reverse, BLOCK=512, num_warps=4,
     )  # fmt: skip
     return starts
 
 
-def _ssd_chunk_states(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, reverse) -> tuple[Tensor, Tensor]:
+def _ssd_chunk_states(u, v, decays, initial_BHPN, chunk, reverse) -> tuple[Tensor, Tensor]:
     """States between the chunks (B, c, H, P, N) in the dtype of u, and that after the last (reverse: before the first).
 
     The kernels use a state as an operand of a product only, so it is kept in the dtype that it would be rounded to.
@@ -621,8 +668,8 @@ def _ssd_chunk_states(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, reverse) -
     segments = triton.cdiv(length, segment)
     starts = initial_BHPN
     if segments > 1:
-        starts = _ssd_segment_starts(u, v, dt_BTH, A_H, ids_BT, initial_BHPN, chunk, segment, reverse)
+        starts = _ssd_segment_starts(u, v, decays, initial_BHPN, chunk, segment, reverse)
     states = u.new_empty(batch, chunks, heads, width, n)
-    ends = dt_BTH.new_empty(batch, segments, heads, width, n)
-    _ssd_walk(u, v, dt_BTH, A_H, ids_BT, starts, states, ends, None, chunk, segment, reverse)
+    ends = decays[0].new_empty(batch, segments, heads, width, n)
+    _ssd_walk(u, v, decays, starts, states, ends, None, chunk, segment, reverse)
     return states, ends[:, 0 if reverse else -1]

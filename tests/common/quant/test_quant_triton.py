@@ -55,7 +55,7 @@ def test_ties_zeros_and_signs(kernel_device):
 
 @pytest.mark.parametrize("columns", [64, 67])
 def test_quotients_beside_ties(kernel_device, columns):
-    """Weights one float32 beside the middle between two codes, scales of any mantissa: a quotient off by a bit shows."""
+    """Weights one float32 beside the middle between two codes, any scale: a quotient off by a bit shows."""
     rng = np.random.default_rng(columns)
     scales = np.ldexp(1 + rng.random(48), rng.integers(-90, 90, 48)).astype(np.float32)[:, None]
     codes = rng.integers(-7, 7, (48, columns)) + np.float32(0.5)
