@@ -1,6 +1,6 @@
 """RMS normalisation of a gated row as Triton kernels: one pass over memory each way.
 
-Letters: N rows, I inner width, R rows that a program works on at once, s programs.
+Letters: N rows, I inner width (in kernels: of one piece of a row), s programs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from common.triton_support import (
     triton_kernel,
 )
 
-# Rows that one program of the backward pass sums the weight's gradient over: a power of two, and a multiple of those it
-# works on at once.
+# Rows of one program: backward sums the weight's gradient over them, forward only loads the weight once for all.
 GATED_NORM_ROWS = 64
+GATED_NORM_FORWARD_ROWS = 8
 GATED_NORM_WIDEST = 8192
 
 
@@ -59,135 +59,116 @@ def gated_rms_norm_triton(y: Tensor, z: Tensor, weight_I: Tensor, *, eps: float 
 
 
 @triton_kernel
-def _gated_norm_at(row_R, first, rows, width, stride_n, BLOCK: tl.constexpr):
-    """Offsets and existence (R, BLOCK) of some rows' columns. int64: a row may start beyond 2^31 numbers."""
+def _gated_norm_load(ptr, first, width, BLOCK: tl.constexpr):
+    """Some columns of a row in float32, zero outside."""
     column_I = first + tl.arange(0, BLOCK)
-    at_RI = row_R.to(tl.int64)[:, None] * stride_n + column_I[None, :]
-    return at_RI, (row_R < rows)[:, None] & (column_I < width)[None, :]
+    return tl.load(ptr + column_I, mask=column_I < width, other=0.0).to(tl.float32)
 
 
 @triton_kernel
-def _gated_norm_load(ptr, row_R, first, rows, width, stride_n, BLOCK: tl.constexpr):
-    """(R, BLOCK) in float32, zero outside."""
-    at_RI, exists_RI = _gated_norm_at(row_R, first, rows, width, stride_n, BLOCK)
-    return tl.load(ptr + at_RI, mask=exists_RI, other=0.0).to(tl.float32)
-
-
-@triton_kernel
-def _gated_norm_weight(weight_ptr, first, width, BLOCK: tl.constexpr):
-    """Weights of some columns in float32, zero outside."""
-    column_I = first + tl.arange(0, BLOCK)
-    return tl.load(weight_ptr + column_I, mask=column_I < width, other=0.0)
-
-
-@triton_kernel
-def _gated_norm_gate(y_ptr, z_ptr, row_R, first, rows, width, stride_y_n, stride_z_n, BLOCK: tl.constexpr):
-    """y * silu(z) of some columns, and its row sums of squares."""
-    y_RI = _gated_norm_load(y_ptr, row_R, first, rows, width, stride_y_n, BLOCK)
-    z_RI = _gated_norm_load(z_ptr, row_R, first, rows, width, stride_z_n, BLOCK)
-    gated_RI = y_RI * z_RI * sigmoid_fast(z_RI)
-    return gated_RI, tl.sum(gated_RI * gated_RI, 1)
-
-
-@triton_kernel
-def _gated_norm_store(ptr, value_RI, row_R, first, rows, width, BLOCK: tl.constexpr, NEAREST: tl.constexpr):
-    """Some columns of a contiguous (N, I)."""
+def _gated_norm_store(ptr, value_I, first, width, BLOCK: tl.constexpr, NEAREST: tl.constexpr):
+    """The reverse of `_gated_norm_load`."""
     if NEAREST:
-        value_RI = nearest_bf16(value_RI)
-    at_RI, exists_RI = _gated_norm_at(row_R, first, rows, width, width, BLOCK)
-    tl.store(ptr + at_RI, value_RI.to(ptr.dtype.element_ty), mask=exists_RI)
+        value_I = nearest_bf16(value_I)
+    column_I = first + tl.arange(0, BLOCK)
+    tl.store(ptr + column_I, value_I.to(ptr.dtype.element_ty), mask=column_I < width)
+
+
+@triton_kernel
+def _gated_norm_gated(y_ptr, z_ptr, first, width, BLOCK: tl.constexpr):
+    """y * silu(z) of some columns."""
+    z_I = _gated_norm_load(z_ptr, first, width, BLOCK)
+    return _gated_norm_load(y_ptr, first, width, BLOCK) * z_I * sigmoid_fast(z_I)
 
 
 @triton_kernel
 def _gated_norm_forward_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr, rows, width, eps, stride_y_n, stride_z_n,
-    R: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """R rows in two pieces of BLOCK and REST columns: one power of two for both would waste up to half of all work."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    gated_RI, squares_R = _gated_norm_gate(y_ptr, z_ptr, row_R, 0, rows, width, stride_y_n, stride_z_n, BLOCK)
+    """ROWS rows, one after the other, each in two pieces of BLOCK and REST columns: one power of two for both would
+    waste up to half of all work. Sums are scalars, so the pieces may lie differently over the threads."""
+    weight_I = _gated_norm_load(weight_ptr, 0, width, BLOCK)
     if REST > 0:
-        more_RI, more_R = _gated_norm_gate(y_ptr, z_ptr, row_R, BLOCK, rows, width, stride_y_n, stride_z_n, REST)
-        squares_R += more_R
-    inverse_R1 = tl.rsqrt(squares_R / width + eps)[:, None]
-    out_RI = gated_RI * inverse_R1 * _gated_norm_weight(weight_ptr, 0, width, BLOCK)[None, :]
-    _gated_norm_store(out_ptr, out_RI, row_R, 0, rows, width, BLOCK, NEAREST)
-    if REST > 0:
-        rest_RI = more_RI * inverse_R1 * _gated_norm_weight(weight_ptr, BLOCK, width, REST)[None, :]
-        _gated_norm_store(out_ptr, rest_RI, row_R, BLOCK, rows, width, REST, NEAREST)
+        weight_rest = _gated_norm_load(weight_ptr, BLOCK, width, REST)
+    for row in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, rows)):
+        n = tl.cast(row, tl.int64)  # a row may start beyond 2^31 numbers
+        gated_I = _gated_norm_gated(y_ptr + n * stride_y_n, z_ptr + n * stride_z_n, 0, width, BLOCK)
+        squares = tl.sum(gated_I * gated_I)
+        if REST > 0:
+            gated_rest = _gated_norm_gated(y_ptr + n * stride_y_n, z_ptr + n * stride_z_n, BLOCK, width, REST)
+            squares += tl.sum(gated_rest * gated_rest)
+        inverse = tl.rsqrt(squares / width + eps)
+        _gated_norm_store(out_ptr + n * width, gated_I * inverse * weight_I, 0, width, BLOCK, NEAREST)
+        if REST > 0:
+            _gated_norm_store(out_ptr + n * width, gated_rest * inverse * weight_rest, BLOCK, width, REST, NEAREST)
 
 
 @triton_kernel
-def _gated_norm_terms(
-    y_ptr, z_ptr, dout_ptr, weight_I, row_R, first, rows, width, stride_y_n, stride_z_n, stride_dout_n,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What the gradients of some columns are made of: y, sigmoid(z), silu(z), dout, and the two row sums."""
-    y_RI = _gated_norm_load(y_ptr, row_R, first, rows, width, stride_y_n, BLOCK)
-    z_RI = _gated_norm_load(z_ptr, row_R, first, rows, width, stride_z_n, BLOCK)
-    dout_RI = _gated_norm_load(dout_ptr, row_R, first, rows, width, stride_dout_n, BLOCK)
-    gate_RI = sigmoid_fast(z_RI)
-    silu_RI = z_RI * gate_RI
-    gated_RI = y_RI * silu_RI
-    squares_R = tl.sum(gated_RI * gated_RI, 1)
-    through_R = tl.sum(dout_RI * weight_I[None, :] * gated_RI, 1)
-    return y_RI, gate_RI, silu_RI, dout_RI, squares_R, through_R
+def _gated_norm_terms(y_ptr, z_ptr, dout_ptr, weight_I, first, width, BLOCK: tl.constexpr):
+    """What the gradients of some columns are made of: y, sigmoid(z), silu(z), dout, and the row's two sums."""
+    y_I = _gated_norm_load(y_ptr, first, width, BLOCK)
+    z_I = _gated_norm_load(z_ptr, first, width, BLOCK)
+    dout_I = _gated_norm_load(dout_ptr, first, width, BLOCK)
+    gate_I = sigmoid_fast(z_I)
+    silu_I = z_I * gate_I
+    gated_I = y_I * silu_I
+    return y_I, gate_I, silu_I, dout_I, tl.sum(gated_I * gated_I), tl.sum(dout_I * weight_I * gated_I)
 
 
 @triton_kernel
 def _gated_norm_gradients(
-    dy_ptr, dz_ptr, y_RI, gate_RI, silu_RI, dout_RI, weight_I, inverse_R, mean_R, row_R, first, rows, width,
+    dy_ptr, dz_ptr, y_I, gate_I, silu_I, dout_I, weight_I, inverse, mean, first, width,
     BLOCK: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """Writes dy and dz of some columns and returns what they add to the weight's gradient, (R, BLOCK)."""
-    normed_RI = y_RI * silu_RI * inverse_R[:, None]
-    dgated_RI = inverse_R[:, None] * (dout_RI * weight_I[None, :] - normed_RI * mean_R[:, None])
-    dz_RI = dgated_RI * y_RI * (gate_RI + silu_RI * (1.0 - gate_RI))
-    _gated_norm_store(dy_ptr, dgated_RI * silu_RI, row_R, first, rows, width, BLOCK, NEAREST)
-    _gated_norm_store(dz_ptr, dz_RI, row_R, first, rows, width, BLOCK, NEAREST)
-    return dout_RI * normed_RI
+    """Writes dy and dz of some columns and returns what they add to the weight's gradient."""
+    normed_I = y_I * silu_I * inverse
+    dgated_I = inverse * (dout_I * weight_I - normed_I * mean)
+    _gated_norm_store(dy_ptr, dgated_I * silu_I, first, width, BLOCK, NEAREST)
+    dz_I = dgated_I * y_I * (gate_I + silu_I * (1.0 - gate_I))
+    _gated_norm_store(dz_ptr, dz_I, first, width, BLOCK, NEAREST)
+    return dout_I * normed_I
 
 
 @triton_kernel
 def _gated_norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr, rows, width, eps,
     stride_y_n, stride_z_n, stride_dout_n,
-    R: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ROWS rows; partial (s, I) holds each program's sum for the weight. Two pieces, as forward."""
-    weight_I = _gated_norm_weight(weight_ptr, 0, width, BLOCK)
-    dweight_RI = tl.zeros([R, BLOCK], tl.float32)
+    """Gradients of ROWS rows, in pieces as forward; partial (s, I) holds each program's sum for the weight."""
+    weight_I = _gated_norm_load(weight_ptr, 0, width, BLOCK)
+    dweight_I = tl.zeros([BLOCK], tl.float32)
     if REST > 0:
-        rest_I = _gated_norm_weight(weight_ptr, BLOCK, width, REST)
-        drest_RI = tl.zeros([R, REST], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, rows), R):
-        row_R = start + tl.arange(0, R)
-        y_RI, gate_RI, silu_RI, dout_RI, squares_R, through_R = _gated_norm_terms(
-            y_ptr, z_ptr, dout_ptr, weight_I, row_R, 0, rows, width, stride_y_n, stride_z_n, stride_dout_n, BLOCK
+        weight_rest = _gated_norm_load(weight_ptr, BLOCK, width, REST)
+        dweight_rest = tl.zeros([REST], tl.float32)
+    for row in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, rows)):
+        n = tl.cast(row, tl.int64)
+        y_row, z_row, dout_row = y_ptr + n * stride_y_n, z_ptr + n * stride_z_n, dout_ptr + n * stride_dout_n
+        y_I, gate_I, silu_I, dout_I, squares, through = _gated_norm_terms(
+            y_row, z_row, dout_row, weight_I, 0, width, BLOCK
         )
         if REST > 0:
-            y_more, gate_more, silu_more, dout_more, squares_more, through_more = _gated_norm_terms(
-                y_ptr, z_ptr, dout_ptr, rest_I, row_R, BLOCK, rows, width, stride_y_n, stride_z_n, stride_dout_n, REST
+            y_rest, gate_rest, silu_rest, dout_rest, more_squares, more_through = _gated_norm_terms(
+                y_row, z_row, dout_row, weight_rest, BLOCK, width, REST
             )
-            squares_R += squares_more
-            through_R += through_more
-        inverse_R = tl.rsqrt(squares_R / width + eps)
-        mean_R = through_R * inverse_R / width
-        dweight_RI += _gated_norm_gradients(
-            dy_ptr, dz_ptr, y_RI, gate_RI, silu_RI, dout_RI, weight_I, inverse_R, mean_R, row_R, 0, rows, width,
-            BLOCK, NEAREST,
-        )  # fmt: skip
+            squares += more_squares
+            through += more_through
+        inverse = tl.rsqrt(squares / width + eps)
+        mean = through * inverse / width
+        dy_row, dz_row = dy_ptr + n * width, dz_ptr + n * width
+        dweight_I += _gated_norm_gradients(
+            dy_row, dz_row, y_I, gate_I, silu_I, dout_I, weight_I, inverse, mean, 0, width, BLOCK, NEAREST
+        )
         if REST > 0:
-            drest_RI += _gated_norm_gradients(
-                dy_ptr, dz_ptr, y_more, gate_more, silu_more, dout_more, rest_I, inverse_R, mean_R, row_R, BLOCK, rows,
-                width, REST, NEAREST,
+            dweight_rest += _gated_norm_gradients(
+                dy_row, dz_row, y_rest, gate_rest, silu_rest, dout_rest, weight_rest, inverse, mean, BLOCK, width,
+                REST, NEAREST,
             )  # fmt: skip
     own_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * width
-    column_I = tl.arange(0, BLOCK)
-    tl.store(own_ptr + column_I, tl.sum(dweight_RI, 0), mask=column_I < width)
+    _gated_norm_store(own_ptr, dweight_I, 0, width, BLOCK, False)
     if REST > 0:
-        column_I = BLOCK + tl.arange(0, REST)
-        tl.store(own_ptr + column_I, tl.sum(drest_RI, 0), mask=column_I < width)
+        _gated_norm_store(own_ptr, dweight_rest, BLOCK, width, REST, False)
 
 
 class _GatedRmsNormTriton(torch.autograd.Function):
@@ -200,7 +181,7 @@ class _GatedRmsNormTriton(torch.autograd.Function):
         rows, width = y_NI.shape
         out_NI = y_NI.new_empty(rows, width)
         launch = gated_norm_triton_launch(width, y_NI.dtype, backward=False)
-        _gated_norm_forward_kernel[(triton.cdiv(rows, launch["R"]),)](
+        _gated_norm_forward_kernel[(triton.cdiv(rows, launch["ROWS"]),)](
             y_NI, z_NI, weight_I, out_NI, rows, width, eps, y_NI.stride(0), z_NI.stride(0), **launch
         )
         ctx.save_for_backward(y_NI, z_NI, weight_I)
@@ -220,26 +201,24 @@ class _GatedRmsNormTriton(torch.autograd.Function):
         _gated_norm_backward_kernel[(programs,)](
             y_NI, z_NI, weight_I, dout_NI, dy_NI, dz_NI, partial_sI, rows, width, ctx.eps,
             y_NI.stride(0), z_NI.stride(0), dout_NI.stride(0),
-            ROWS=GATED_NORM_ROWS, **gated_norm_triton_launch(width, y_NI.dtype, backward=True),
+            **gated_norm_triton_launch(width, y_NI.dtype, backward=True),
         )  # fmt: skip
         return dy_NI, dz_NI, partial_sI.sum(dim=0), None
 
 
 def gated_norm_triton_launch(width: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
-    """Rows at once, columns of the two pieces of a row, and warps.
+    """Columns of the two pieces of a row, rows of a program, and warps.
 
-    A thread takes about 32 numbers of a tensor forward and 8 backward, where it holds more of each: by instructions
-    issued and registers (LOG.md), not yet by a clock.
+    A thread takes 16 numbers of a row forward and 8 backward, where it holds more of each: chosen by instructions
+    issued and registers, not yet by a clock.
     """
     block = triton.next_power_of_2(width)
     rest = triton.next_power_of_2(max(1, width - block // 2))
     block, rest = (block // 2, rest) if rest < block // 2 else (block, 0)
-    per_warp = 256 if backward else 1024
-    warps = max(1, block // (256 if backward else 512))
     return {
-        "R": min(GATED_NORM_ROWS, max(1, per_warp * warps // block)),
         "BLOCK": block,
         "REST": rest,
+        "ROWS": GATED_NORM_ROWS if backward else GATED_NORM_FORWARD_ROWS,
         "NEAREST": kernel_is_interpreted(_gated_norm_forward_kernel) and dtype == torch.bfloat16,
-        "num_warps": warps,
+        "num_warps": max(1, block // (256 if backward else 512)),
     }

@@ -1,11 +1,12 @@
-"""Compile every kernel of the catalogue for sm_90 without a GPU; registers, spills and shared memory of each.
+"""Compile every kernel of the catalogue for sm_90 without a GPU; registers, stack, shared memory, instructions of each.
 
     python scripts/bench aot [OPERATION ...]
 
 Nothing is written down twice: each operation is called on tensors without values (device "meta") through its public
 function, forward and backward, and every launch is compiled as it would be launched, with the same types, constants,
-warps, stages and divisibility. What ptxas -v says is read from Triton's own call of it. That a whole operation runs on
-tensors without values also shows that it never waits for the device.
+warps, stages and divisibility. What ptxas -v says is read from Triton's own call of it; instructions are counted in the
+disassembly: all, those of the largest loop, and the barriers among these. That a whole operation runs on tensors
+without values also shows that it never waits for the device.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from common.files import write_atomically
 from scripts.bench.catalogue import OPERATIONS, OpCase, cases_of, run_with_gradients
+from scripts.bench.sass import count_instructions, disassemble
 
 SM90_SHARED_BYTES = 227 * 1024  # most that one block may have on an H100 or H200
 
@@ -40,15 +42,22 @@ class Compiled:
     warps: int
     stages: int
     registers: int
+    stack_bytes: int  # spilled registers among them
     spill_bytes: int  # stores and loads
     shared_bytes: int
-    reason: str  # why it may spill; empty: it may not
+    instructions: int
+    loop_instructions: int
+    loop_barriers: int
+    reason: str  # why it may use the stack; empty: it may not
 
     @property
     def fault(self) -> str:
         """What is wrong with it, or nothing."""
-        if self.spill_bytes and not self.reason:
-            return f"{self.case}: {self.kernel} ({self.constants}) spills {self.spill_bytes} bytes"
+        if (self.stack_bytes or self.spill_bytes) and not self.reason:
+            return (
+                f"{self.case}: {self.kernel} ({self.constants}) has {self.stack_bytes} bytes on the stack and spills "
+                f"{self.spill_bytes} bytes"
+            )
         if self.shared_bytes > SM90_SHARED_BYTES:
             return f"{self.case}: {self.kernel} ({self.constants}) needs {self.shared_bytes} bytes of shared memory"
         return ""
@@ -72,13 +81,14 @@ class Sm90Driver:
         return torch.device("meta")
 
 
-def read_ptxas(log: str) -> tuple[int, int]:
-    """(registers, bytes of spill stores and loads) out of what ptxas -v says about one kernel."""
+def read_ptxas(log: str) -> tuple[int, int, int]:
+    """(registers, bytes of stack, bytes of spill stores and loads) out of what ptxas -v says about one kernel."""
     registers = re.findall(r"Used (\d+) registers", log)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    if len(registers) != 1 or not spills:
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if len(registers) != 1 or not frames:
         raise RuntimeError(f"ptxas -v said nothing about one kernel; got {log!r}")
-    return int(registers[0]), sum(int(part) for pair in spills for part in pair)
+    stack, stores, loads = (sum(int(frame[i]) for frame in frames) for i in range(3))
+    return int(registers[0]), stack, stores + loads
 
 
 @contextlib.contextmanager
@@ -137,7 +147,8 @@ def compile_case(case: OpCase, logs: dict[str, str]) -> list[Compiled]:
         raise RuntimeError(f"{case.name} launched no kernel on tensors without values")
     rows = []
     for function, kernel, grid in found:
-        registers, spill_bytes = read_ptxas(logs[kernel.hash])
+        registers, stack_bytes, spill_bytes = read_ptxas(logs[kernel.hash])
+        counted = count_instructions(disassemble(kernel.asm["cubin"]))
         name = function.fn.__name__
         rows.append(
             Compiled(
@@ -148,8 +159,12 @@ def compile_case(case: OpCase, logs: dict[str, str]) -> list[Compiled]:
                 warps=kernel.metadata.num_warps,
                 stages=kernel.metadata.num_stages,
                 registers=registers,
+                stack_bytes=stack_bytes,
                 spill_bytes=spill_bytes,
                 shared_bytes=kernel.metadata.shared,
+                instructions=counted.total,
+                loop_instructions=counted.loop,
+                loop_barriers=counted.barriers,
                 reason=case.stack_reasons.get(name, ""),
             )
         )
@@ -158,11 +173,13 @@ def compile_case(case: OpCase, logs: dict[str, str]) -> list[Compiled]:
 
 def table_of(rows: Sequence[Compiled]) -> str:
     """A markdown table."""
-    head = ["case", "kernel", "grid", "warps", "stages", "registers", "spill bytes", "shared bytes", "constants"]
+    head = ["case", "kernel", "grid", "warps", "stages", "registers", "stack", "spill bytes", "shared bytes"]
+    head += ["instructions", "in the loop", "barriers", "constants"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for row in rows:
-        cells = [row.case, row.kernel, row.grid, row.warps, row.stages, row.registers, row.spill_bytes]
-        cells += [f"{row.shared_bytes:,}", row.constants + (f" (spills: {row.reason})" if row.reason else "")]
+        cells = [row.case, row.kernel, row.grid, row.warps, row.stages, row.registers, row.stack_bytes]
+        cells += [row.spill_bytes, f"{row.shared_bytes:,}", row.instructions, row.loop_instructions, row.loop_barriers]
+        cells += [row.constants + (f" (spills: {row.reason})" if row.reason else "")]
         lines.append(" | ".join(str(cell) for cell in cells))
     return "\n".join(f"| {line} |" for line in lines)
 

@@ -53,7 +53,7 @@ def test_reference_gradient_is_that_of_the_reference():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 640), (63, 48), (131, 5), (3, 2100)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 640), (9, 48), (66, 5), (3, 2100)])
 def test_error_is_at_most_twice_that_of_the_plain_form(kernel_device, dtype, rows, width):
     (y, z, weight), dout = make_inputs(rows, width, dtype)
     inputs = [y, z, weight.float()]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be
 
 from scripts.bench.aot import SM90_SHARED_BYTES, Compiled, read_ptxas
 from scripts.bench.catalogue import OPERATIONS
+from scripts.bench.sass import Instructions, count_instructions
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -118,7 +120,7 @@ def test_spills_and_too_much_shared_memory_are_found(tmp_path):
     (tmp_path / "common").symlink_to(ROOT / "common")
     bench = tmp_path / "scripts" / "bench"
     (bench / "cases").mkdir(parents=True)
-    for name in ("__main__.py", "aot.py", "catalogue.py"):
+    for name in ("__main__.py", "aot.py", "catalogue.py", "sass.py"):
         (bench / name).write_bytes((ROOT / "scripts" / "bench" / name).read_bytes())
     (bench / "cases" / "ssd.py").write_text(PLANTED, encoding="utf-8")
     status, rows, output = compiled(tmp_path, "ssd", cwd=tmp_path)
@@ -130,6 +132,9 @@ def test_spills_and_too_much_shared_memory_are_found(tmp_path):
     assert by_case["fine"]["grid"] == "1"
     assert by_case["large"]["grid"] == "8"
     assert "SIZE=1024" in by_case["fine"]["constants"]
+    assert 0 < by_case["fine"]["loop_instructions"] < by_case["fine"]["instructions"]
+    assert by_case["fine"]["loop_barriers"] == 0  # one warp
+    assert by_case["large"]["loop_barriers"] > 0  # eight, which hand tiles to each other
     assert "spills" in by_case["spilling"]["fault"]
     assert by_case["excused"]["fault"] == ""
     assert by_case["excused"]["spill_bytes"] == by_case["spilling"]["spill_bytes"]
@@ -138,12 +143,46 @@ def test_spills_and_too_much_shared_memory_are_found(tmp_path):
 
 
 def test_fault_of_shared_memory_has_no_excuse():
-    row = Compiled("c", "k", "", "1", 4, 3, 255, 0, SM90_SHARED_BYTES + 1, "excuse")
+    row = Compiled("c", "k", "", "1", 4, 3, 255, 0, 0, SM90_SHARED_BYTES + 1, 9, 0, 0, "excuse")
     assert "shared memory" in row.fault
+
+
+def test_the_stack_needs_an_excuse():
+    row = Compiled("c", "k", "", "1", 4, 3, 40, 32, 0, 0, 9, 0, 0, "")
+    assert "32 bytes on the stack" in row.fault
+    assert replace(row, reason="excuse").fault == ""
+
+
+LISTING = """
+_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FADD R1, R1, R2 ;
+        /*0020*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   FADD R1, R1, R2 ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/              @!P1 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0060*/              @!P2 BRA `(.L_x_1) ;
+        /*0070*/               @P3 EXIT ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   NOP;
+        /*00a0*/                   BRA `(.L_x_3) ;
+.L_x_4:
+        /*00b0*/                   BRA `(.L_x_4);
+"""
+
+
+def test_instructions_are_counted_in_a_listing():
+    assert count_instructions(LISTING) == Instructions(total=12, loop=4, barriers=1)
+    with pytest.raises(ValueError, match="no EXIT"):
+        count_instructions("nothing")
 
 
 def test_ptxas_without_figures_is_an_error():
     said = "0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\nUsed 40 registers, used 1 barriers"
-    assert read_ptxas(said) == (40, 20)
+    assert read_ptxas(said) == (40, 0, 20)
     with pytest.raises(RuntimeError, match="ptxas"):
         read_ptxas("nothing")
