@@ -193,10 +193,13 @@ def _ssd_through(total, last_run, DOCUMENTS: tl.constexpr):
 def _ssd_load_rows(
     ptr, first, length, stride_t,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, zero=0,
 ):  # fmt: skip
-    """L positions of a tensor, zero outside of it, (L, BLOCK)."""
-    offset_L = tl.arange(0, L)
+    """L positions of a tensor, zero outside of it, (L, BLOCK).
+
+    zero: 0, but in a form that the compiler does not see through where it had better not keep the offsets in registers.
+    """
+    offset_L = tl.arange(0, L) + zero
     column_K = tl.arange(0, BLOCK)
     # int64: the offset inside a long sequence may pass 2^31 numbers.
     at_LK = ptr + tl.cast(first, tl.int64) * stride_t + (offset_L[:, None] * stride_t + column_K[None, :])
@@ -212,10 +215,10 @@ def _ssd_load_rows(
 @triton_kernel
 def _ssd_store_rows(
     ptr, value_LK, first, length, stride_t,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, zero=0,
 ):  # fmt: skip
     """The reverse of `_ssd_load_rows`."""
-    offset_L = tl.arange(0, L)
+    offset_L = tl.arange(0, L) + zero
     column_K = tl.arange(0, BLOCK)
     at_LK = ptr + tl.cast(first, tl.int64) * stride_t + (offset_L[:, None] * stride_t + column_K[None, :])
     if WIDEN:
@@ -406,8 +409,8 @@ def _ssd_join_kernel(
 
 @triton_kernel
 def _ssd_gradient_kernel(
-    x_ptr, dt_ptr, A_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, runs_ptr, dy_ptr, entering_ptr, leaving_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
+    x_ptr, dt_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, runs_ptr, dy_ptr, entering_ptr, leaving_ptr,
+    dx_ptr, dB_ptr, dC_ptr, read_ptr, shares_ptr, through_ptr,
     length, chunks, heads, per_group, groups,
     stride_x_b, stride_x_t, stride_x_h, stride_dt_b, stride_dt_t,
     stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g,
@@ -415,11 +418,12 @@ def _ssd_gradient_kernel(
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, L: tl.constexpr,
     EVEN: tl.constexpr, DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk of one group: the heads one after the other, dB and dC summed over them in registers.
+    """dx, dB and dC of one chunk of one group: the heads one after the other, dB and dC summed over them in registers.
 
     Matrices of pairs have the writing position j in their rows and the reading one i in their columns, so that the
-    product with dy takes them from registers as they are. Every term of the decays' gradient is a sum of exchanges
-    between different positions (README.md): nothing is subtracted that had to cancel.
+    product with dy takes them from registers as they are. What the gradients of dt, A and D are made of goes to memory
+    as sums of rows or columns (`_ssd_decay_gradients_kernel`): running sums and sums over all threads would cost dozens
+    of barriers a head here.
     """
     program = tl.program_id(0)
     g = program % groups
@@ -446,81 +450,120 @@ def _ssd_gradient_kernel(
     dB_LN = tl.zeros([L, BLOCK_N], tl.float32)
     dC_LN = tl.zeros([L, BLOCK_N], tl.float32)
     for h in range(g * per_group, (g + 1) * per_group):
-        x_LP = _ssd_load_rows(x_ptr + h * stride_x_h, first, length, stride_x_t, P, BLOCK_P, L, EVEN, WIDEN)
-        dy_LP = _ssd_load_rows(dy_ptr + h * stride_dy_h, first, length, stride_dy_t, P, BLOCK_P, L, EVEN, WIDEN)
+        # h is never negative: zero, but not to the compiler, which would keep offsets and the masks of 4096 pairs in
+        # registers from head to head.
+        zero = tl.multiple_of(tl.minimum(h, 0), 16)
+        x_LP = _ssd_load_rows(x_ptr + h * stride_x_h, first, length, stride_x_t, P, BLOCK_P, L, EVEN, WIDEN, zero)
+        dy_LP = _ssd_load_rows(dy_ptr + h * stride_dy_h, first, length, stride_dy_t, P, BLOCK_P, L, EVEN, WIDEN, zero)
         partial = (b * chunks + chunk) * heads + h
         at = partial * P * N
         if P == BLOCK_P and N == BLOCK_N:
-            entering_NP = tl.load(entering_ptr + at + offset_NP)
-            leaving_NP = tl.load(leaving_ptr + at + offset_NP)
+            entering_NP = tl.load(entering_ptr + at + (offset_NP + zero))
+            leaving_NP = tl.load(leaving_ptr + at + (offset_NP + zero))
         else:
             entering_NP = tl.load(entering_ptr + at + offset_NP, mask=exists_NP, other=0.0)
             leaving_NP = tl.load(leaving_ptr + at + offset_NP, mask=exists_NP, other=0.0)
         if WIDEN:
             entering_NP, leaving_NP = entering_NP.to(tl.float32), leaving_NP.to(tl.float32)
-        A = tl.load(A_ptr + h)
         dt_L = tl.load(dt_ptr + h + position_L * stride_dt_t, mask=position_L < length, other=0.0)
-        own_ptr = sums_ptr + ((b * heads + h) * chunks + chunk) * L
-        sums_L = tl.load(own_ptr + offset_L)
-        total = tl.load(own_ptr + L - 1)
+        own = ((b * heads + h) * chunks + chunk) * L
+        sums_L = tl.load(sums_ptr + own + offset_L)
+        total = tl.load(sums_ptr + own + L - 1)
         from_start_L = _ssd_from_start(sums_L, run_L, DOCUMENTS)
         to_end_L = tl.exp2(total - sums_L)
         if DOCUMENTS:
             to_end_L = tl.where(run_L == last_run, to_end_L, 0.0)
 
-        through = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32))
-        through *= _ssd_through(total, last_run, DOCUMENTS)
+        through_P = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32), 0)
+        through_P *= _ssd_through(total, last_run, DOCUMENTS)
+        tl.store(through_ptr + partial * BLOCK_P + tl.arange(0, BLOCK_P), through_P)
 
-        # Inside the chunk, before dx, which is as large as one of these matrices, takes up registers.
-        # Zero, but not to the compiler, which would keep the mask of 4096 pairs in registers from head to head.
-        row_L = offset_L + tl.minimum(h, 0)
+        # From the state that enters the chunk.
+        dy_wide_LP = dy_LP.to(tl.float32)
+        seen_LP = dy_wide_LP * from_start_L[:, None]
+        carried_L = tl.sum(tl.dot(C_LN, entering_NP, input_precision=PRECISION) * seen_LP, 1)
+        dC_LN = tl.dot(seen_LP.to(x_LP.dtype), tl.trans(entering_NP), dC_LN, input_precision=PRECISION)
+        # Into the state that leaves it.
+        x_wide_LP = x_LP.to(tl.float32)
+        dx_LP = tl.dot(B_LN, leaving_NP, input_precision=PRECISION) * to_end_L[:, None]
+        written_L = tl.sum(dx_LP * x_wide_LP, 1)
+        kept_LP = (x_wide_LP * (dt_L * to_end_L)[:, None]).to(x_LP.dtype)
+        dB_LN = tl.dot(kept_LP, tl.trans(leaving_NP), dB_LN, input_precision=PRECISION)
+        dx_LP *= dt_L[:, None]
+        if HAS_D:
+            dx_LP += dy_wide_LP * tl.load(D_ptr + h)
+        # Inside the chunk. dx comes last: a product whose sum the next head goes on with would be left running across
+        # the loop's end, and then ptxas has all products wait for one another.
+        row_L = offset_L + zero
         reaches_LL = row_L[:, None] <= offset_L[None, :]
         if DOCUMENTS:
             reaches_LL = reaches_LL & (run_L[:, None] == run_L[None, :])
         decay_LL = tl.where(reaches_LL, tl.exp2(sums_L[None, :] - sums_L[:, None]), 0.0)
+        weight_LL = tl.dot(B_LN, tl.trans(C_LN), input_precision=PRECISION)
         raw_LL = tl.dot(x_LP, tl.trans(dy_LP), input_precision=PRECISION)
         same_LL = row_L[:, None] == offset_L[None, :]
-        if HAS_D:
-            tl.store(dD_ptr + partial, tl.sum(tl.sum(tl.where(same_LL, raw_LL, 0.0), 1), 0))
+        trace_L = tl.sum(tl.where(same_LL, raw_LL, 0.0), 1)
         raw_LL *= decay_LL
         exchange_LL = (raw_LL * dt_L[:, None]).to(x_LP.dtype)
         dB_LN = tl.dot(exchange_LL, C_LN, dB_LN, input_precision=PRECISION)
         dC_LN = tl.dot(tl.trans(exchange_LL), B_LN, dC_LN, input_precision=PRECISION)
-        weight_LL = tl.dot(B_LN, tl.trans(C_LN), input_precision=PRECISION)
         raw_LL *= weight_LL
         weight_LL = (weight_LL * decay_LL * dt_L[:, None]).to(x_LP.dtype)
-        direct_L = tl.sum(raw_LL, 1)
+        direct_L = tl.sum(raw_LL, 1) + written_L
         raw_LL = tl.where(same_LL, 0.0, raw_LL) * dt_L[:, None]
-        read_L = tl.sum(raw_LL, 0) - tl.sum(raw_LL, 1)
-        dx_LP = tl.dot(weight_LL, dy_LP, input_precision=PRECISION)
-
-        # Through the states.
-        x_wide_LP = x_LP.to(tl.float32)
-        added_LP = tl.dot(B_LN, leaving_NP, input_precision=PRECISION) * to_end_L[:, None]
-        dx_LP += added_LP * dt_L[:, None]
-        written_L = tl.sum(added_LP * x_wide_LP, 1)
-        direct_L += written_L
-        written_L *= dt_L
-        kept_LP = (x_wide_LP * (dt_L * to_end_L)[:, None]).to(x_LP.dtype)
-        dB_LN = tl.dot(kept_LP, tl.trans(leaving_NP), dB_LN, input_precision=PRECISION)
-        dy_wide_LP = dy_LP.to(tl.float32)
-        if HAS_D:
-            dx_LP += dy_wide_LP * tl.load(D_ptr + h)
+        tl.store(read_ptr + own + offset_L, tl.sum(raw_LL, 0))
+        # One store, net reading, writing into the state, direct, trace: a join's own index is the fastest.
+        net_L2 = tl.join(carried_L - tl.sum(raw_LL, 1), direct_L)
+        shares_L4 = tl.join(net_L2, tl.join(written_L * dt_L, trace_L)).reshape((L, 4))
+        tl.store(shares_ptr + (own + offset_L)[:, None] * 4 + tl.arange(0, 4)[None, :], shares_L4)
+        dx_LP = tl.dot(weight_LL, dy_LP, dx_LP, input_precision=PRECISION)
         _ssd_store_rows(
-            dx_ptr + (b * length * heads + h) * P, dx_LP, first, length, heads * P, P, BLOCK_P, L, EVEN, WIDEN
-        )
-        seen_LP = dy_wide_LP * from_start_L[:, None]
-        read_L += tl.sum(tl.dot(C_LN, entering_NP, input_precision=PRECISION) * seen_LP, 1)
-        dC_LN = tl.dot(seen_LP.to(x_LP.dtype), tl.trans(entering_NP), dC_LN, input_precision=PRECISION)
-
-        dlog_L = tl.cumsum(read_L, 0, reverse=True) + tl.cumsum(written_L, 0) - written_L + through
-        tl.store(dA_ptr + partial, tl.sum(dlog_L * dt_L, 0))
-        tl.store(
-            ddt_ptr + (b * length + position_L) * heads + h, direct_L + dlog_L * A, mask=position_L < length
+            dx_ptr + (b * length * heads + h) * P, dx_LP, first, length, heads * P, P, BLOCK_P, L, EVEN, WIDEN, zero
         )
     row = (b * length * groups + g) * N
     _ssd_store_rows(dB_ptr + row, dB_LN, first, length, groups * N, N, BLOCK_N, L, EVEN, WIDEN)
     _ssd_store_rows(dC_ptr + row, dC_LN, first, length, groups * N, N, BLOCK_N, L, EVEN, WIDEN)
+
+
+@triton_kernel
+def _ssd_decay_gradients_kernel(
+    dt_ptr, A_ptr, read_ptr, shares_ptr, through_ptr, ddt_ptr, dA_ptr, dD_ptr,
+    length, chunks, heads, stride_dt_b, stride_dt_t,
+    L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, HAS_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of dt, and a chunk's share of those of A and D, of one chunk of some heads.
+
+    The gradient of a step's dt*A is the sum over all writers before it and readers from it on of what they exchange:
+    inside the chunk, from the state that enters it, into the one that leaves it, and through it whole. Every term is an
+    exchange between different positions (README.md): nothing is subtracted that had to cancel.
+    """
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    exists_H = h_H < heads
+    position_L = chunk * L + tl.arange(0, L)
+    exists_HL = exists_H[:, None] & (position_L < length)[None, :]
+    own_HL = ((b * heads + h_H) * chunks * L)[:, None] + position_L[None, :]
+    read_HL = tl.load(read_ptr + own_HL, mask=exists_H[:, None], other=0.0)
+    shares_HL4 = tl.load(
+        shares_ptr + own_HL[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], mask=exists_H[:, None, None], other=0.0
+    )
+    even_HL2, odd_HL2 = shares_HL4.reshape((BLOCK_H, L, 2, 2)).split()
+    net_HL, direct_HL = even_HL2.split()
+    written_HL, trace_HL = odd_HL2.split()
+    partial_H = (b * chunks + chunk) * heads + h_H
+    at_HP = partial_H[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    through_H = tl.sum(tl.load(through_ptr + at_HP, mask=exists_H[:, None], other=0.0), 1)
+    dlog_HL = tl.cumsum(read_HL + net_HL, 1, reverse=True) + tl.cumsum(written_HL, 1) - written_HL
+    dlog_HL += through_H[:, None]
+    step_HL = position_L[None, :].to(tl.int64) * stride_dt_t + h_H[:, None]
+    dt_HL = tl.load(dt_ptr + b * stride_dt_b + step_HL, mask=exists_HL, other=0.0)
+    tl.store(dA_ptr + partial_H, tl.sum(dlog_HL * dt_HL, 1), mask=exists_H)
+    A_H = tl.load(A_ptr + h_H, mask=exists_H, other=0.0)
+    at_HL = (b * length + position_L)[None, :] * heads + h_H[:, None]
+    tl.store(ddt_ptr + at_HL, direct_HL + dlog_HL * A_H[:, None], mask=exists_HL)
+    if HAS_D:
+        tl.store(dD_ptr + partial_H, tl.sum(trace_HL, 1), mask=exists_H)
 
 
 class _SsdScanTriton(torch.autograd.Function):
@@ -568,13 +611,22 @@ class _SsdScanTriton(torch.autograd.Function):
         dB_BTGN, dC_BTGN = B_BTGN.new_empty(B_BTGN.shape), C_BTGN.new_empty(C_BTGN.shape)
         dA_BcH = dt_BTH.new_empty(batch, chunks, heads)
         dD_BcH = None if D_H is None else dt_BTH.new_empty(batch, chunks, heads)
+        read_BHT, shares_BHT4 = torch.empty_like(decays[0]), decays[0].new_empty(*decays[0].shape, 4)
+        constants = _ssd_constants("gradient", x_BTHP, n, decays, chunk)
+        through_BcHP = dt_BTH.new_empty(batch, chunks, heads, constants["BLOCK_P"])
         _ssd_gradient_kernel[(batch * chunks * groups,)](
-            x_BTHP, dt_BTH, A_H, decays[0], B_BTGN, C_BTGN, D_H, decays[2], dy_BTHP, entering, leaving,
-            dx_BTHP, ddt_BTH, dA_BcH, dB_BTGN, dC_BTGN, dD_BcH,
+            x_BTHP, dt_BTH, decays[0], B_BTGN, C_BTGN, D_H, decays[2], dy_BTHP, entering, leaving,
+            dx_BTHP, dB_BTGN, dC_BTGN, read_BHT, shares_BHT4, through_BcHP,
             length, chunks, heads, heads // groups, groups,
             *x_BTHP.stride()[:3], *dt_BTH.stride()[:2], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
             *dy_BTHP.stride()[:3],
-            HAS_D=D_H is not None, **_ssd_constants("gradient", x_BTHP, n, decays, chunk),
+            HAS_D=D_H is not None, **constants,
+        )  # fmt: skip
+        block = _ssd_heads_block(heads)
+        _ssd_decay_gradients_kernel[(batch * chunks, triton.cdiv(heads, block))](
+            dt_BTH, A_H, read_BHT, shares_BHT4, through_BcHP, ddt_BTH, dA_BcH, dD_BcH,
+            length, chunks, heads, *dt_BTH.stride()[:2],
+            L=chunk, BLOCK_P=constants["BLOCK_P"], BLOCK_H=block, HAS_D=D_H is not None, num_warps=4,
         )  # fmt: skip
         dA_H = dA_BcH.sum(dim=(0, 1))
         dD_H = None if dD_BcH is None else dD_BcH.sum(dim=(0, 1))
@@ -585,6 +637,11 @@ class _SsdScanTriton(torch.autograd.Function):
 def _ssd_unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension is contiguous, as the kernels take it; else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _ssd_heads_block(heads: int) -> int:
+    """Heads that a program works on at once in kernels over dt, whose last dimension they are."""
+    return min(16, triton.next_power_of_2(heads))
 
 
 def _ssd_logarithmic(dtype: torch.dtype) -> bool:
@@ -601,7 +658,7 @@ def _ssd_decays(
     sums_BHT = dt_BTH.new_empty(batch, heads, chunks * chunk)
     added_BHT = torch.empty_like(sums_BHT)
     runs_BT = None if ids_BT is None else dt_BTH.new_empty(batch, chunks * chunk, dtype=torch.int32)
-    block = min(16, triton.next_power_of_2(heads))
+    block = _ssd_heads_block(heads)
     _ssd_decays_kernel[(batch * chunks, triton.cdiv(heads, block))](
         dt_BTH, A_H, ids_BT, sums_BHT, added_BHT, runs_BT, length, chunks, heads,
         *dt_BTH.stride()[:2], 0 if ids_BT is None else ids_BT.stride(0),
