@@ -49,8 +49,8 @@ def ssd_scan_triton(
         initial_state_BHPN: state before position 0, belonging to the document of position 0; None for zeros.
         document_ids_BT: integers; the state restarts wherever the id differs from the one before. None for one
             document.
-        chunk_size: positions that are worked on as one matrix product, rounded to a power of two in [16, 64] ([16, 32]
-            for float32 or large states); changes speed, not the result.
+        chunk_size: positions that are worked on as one matrix product, rounded to a power of two in [16, 64] (at most
+            32 for large states, 16 for float32); changes speed, not the result.
     Returns:
         y_BTHP in the dtype of x, and final_state_BHPN in float32.
     Raises:
@@ -78,22 +78,23 @@ def ssd_scan_triton(
         None if D_H is None else D_H.float(),
         None if initial_state_BHPN is None else initial_state_BHPN.float(),
         document_ids_BT,
-        ssd_triton_chunk_length(x_BTHP.shape[1], chunk_size, _ssd_is_large(dtype, x_BTHP.shape[3], B_BTGN.shape[3])),
+        ssd_triton_chunk_length(x_BTHP.shape[1], chunk_size, _ssd_most(dtype, x_BTHP.shape[3], B_BTGN.shape[3])),
     )
 
 
-def _ssd_is_large(dtype: torch.dtype, width: int, n: int) -> bool:
-    """Whether a state, or numbers of 32 bits, leave too few registers for the pairs of 64 positions."""
-    return dtype == torch.float32 or max(width, 16) * max(n, 16) > 64 * 64
+def _ssd_most(dtype: torch.dtype, width: int, n: int) -> int:
+    """Positions of a chunk at most: of more, pairs and states no longer fit into the backward pass's registers."""
+    if dtype == torch.float32:
+        return 16
+    return 32 if max(width, 16) * max(n, 16) > 64 * 64 else 64
 
 
-def ssd_triton_chunk_length(length: int, chunk_size: int, large: bool) -> int:
-    """The power of two in [16, 64] nearest below chunk_size, or less if the sequence is shorter than a chunk.
+def ssd_triton_chunk_length(length: int, chunk_size: int, most: int) -> int:
+    """The power of two in [16, most] nearest below chunk_size, or less if the sequence is shorter than a chunk.
 
-    16 is the least that a tensor-core product takes; above 64 (32 if `large`) the matrices of position pairs no longer
-    fit into registers in the backward pass.
+    16 is the least that a tensor-core product takes.
     """
-    wanted = min(max(chunk_size, 16), 32 if large else 64)
+    wanted = min(max(chunk_size, 16), most)
     power = 1 << (wanted.bit_length() - 1)
     while power > 16 and power >= 2 * length:
         power //= 2
@@ -114,9 +115,9 @@ def ssd_triton_segment_length(length: int, chunk: int, programs: int) -> int:
 def ssd_triton_launch(kernel: str, dtype: torch.dtype, width: int, n: int) -> dict[str, Any]:
     """Warps and pipeline stages of a kernel ("scan", "states" or "gradient") for a head width and a state width."""
     if dtype == torch.float32:
-        return {"num_warps": 8, "num_stages": 1 if kernel == "gradient" else 2}
-    if _ssd_is_large(dtype, width, n):
-        return {"num_warps": 4 if kernel == "states" else 8, "num_stages": 2}
+        return {"num_warps": 8 if kernel == "gradient" else 4, "num_stages": 2}
+    if _ssd_most(dtype, width, n) < 64:
+        return {"num_warps": 4 if kernel == "states" else 8, "num_stages": 3 if kernel == "gradient" else 2}
     return {"num_warps": 4, "num_stages": 3}
 
 

@@ -4,8 +4,9 @@
 
 Nothing is written down twice: each operation is called on tensors without values (device "meta") through its public
 function, forward and backward, and every launch is compiled as it would be launched, with the same types, constants,
-warps, stages and divisibility. What ptxas -v says is read from Triton's own call of it; instructions are counted in the
-disassembly: all, those of the largest loop, and the barriers among these. That a whole operation runs on tensors
+warps, stages and divisibility. What ptxas -v says is read from Triton's own call of it (tensor-core products that it
+serializes are a fault); instructions are counted in the disassembly: all, those of the largest loop, and the barriers
+among these. That a whole operation runs on tensors
 without values also shows that it never waits for the device.
 """
 
@@ -48,6 +49,7 @@ class Compiled:
     instructions: int
     loop_instructions: int
     loop_barriers: int
+    warning: str  # what ptxas calls a potential loss of performance; empty: nothing
     reason: str  # why it may use the stack; empty: it may not
 
     @property
@@ -58,6 +60,8 @@ class Compiled:
                 f"{self.case}: {self.kernel} ({self.constants}) has {self.stack_bytes} bytes on the stack and spills "
                 f"{self.spill_bytes} bytes"
             )
+        if self.warning:
+            return f"{self.case}: {self.kernel} ({self.constants}): {self.warning}"
         if self.shared_bytes > SM90_SHARED_BYTES:
             return f"{self.case}: {self.kernel} ({self.constants}) needs {self.shared_bytes} bytes of shared memory"
         return ""
@@ -89,6 +93,12 @@ def read_ptxas(log: str) -> tuple[int, int, int]:
         raise RuntimeError(f"ptxas -v said nothing about one kernel; got {log!r}")
     stack, stores, loads = (sum(int(frame[i]) for frame in frames) for i in range(3))
     return int(registers[0]), stack, stores + loads
+
+
+def read_warning(log: str) -> str:
+    """ptxas's reason why tensor-core products of a kernel wait for one another, or nothing."""
+    found = re.search(r"Potential Performance Loss: (.+?)(?: in the function.*)?$", log, re.MULTILINE)
+    return found[1] if found else ""
 
 
 @contextlib.contextmanager
@@ -165,6 +175,7 @@ def compile_case(case: OpCase, logs: dict[str, str]) -> list[Compiled]:
                 instructions=counted.total,
                 loop_instructions=counted.loop,
                 loop_barriers=counted.barriers,
+                warning=read_warning(logs[kernel.hash]),
                 reason=case.stack_reasons.get(name, ""),
             )
         )

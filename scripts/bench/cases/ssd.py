@@ -14,7 +14,6 @@ from scripts.bench.catalogue import OpCase, Work
 
 # Why a kernel may spill; common/ssd/README.md weighs it against a second reading of everything.
 _SPILLS = {"_ssd_gradient_kernel": "dB, dC and three pair matrices of one chunk at once save a second pass over memory"}
-_SPILLS_FP32 = _SPILLS | {"_ssd_scan_kernel": "float32 operands are split into three TF32 products"}
 
 _GRADIENTS = ("x_BTHP", "dt_BTH", "A_H", "B_BTGN", "C_BTGN", "D_H")
 
@@ -105,7 +104,7 @@ def _case(
             flops=2 * positions * (3 * inside + 2 * between + 5 * states),
         ),
         peers={"mamba-ssm": _mamba_ssm, "torch.compile of the plain form": _compiled},
-        stack_reasons=_SPILLS if dtype == torch.bfloat16 else _SPILLS_FP32,
+        stack_reasons=_SPILLS,
         compile_slowly=slow,
         miniature=lambda device: _inputs(device, 2, 20, 2, 16, 1, 16, torch.float32, documents, carried),
     )

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be compiled")
 
-from scripts.bench.aot import SM90_SHARED_BYTES, Compiled, read_ptxas
+from scripts.bench.aot import SM90_SHARED_BYTES, Compiled, read_ptxas, read_warning
 from scripts.bench.catalogue import OPERATIONS
 from scripts.bench.sass import Instructions, count_instructions
 
@@ -143,14 +143,26 @@ def test_spills_and_too_much_shared_memory_are_found(tmp_path):
 
 
 def test_fault_of_shared_memory_has_no_excuse():
-    row = Compiled("c", "k", "", "1", 4, 3, 255, 0, 0, SM90_SHARED_BYTES + 1, 9, 0, 0, "excuse")
+    row = Compiled("c", "k", "", "1", 4, 3, 255, 0, 0, SM90_SHARED_BYTES + 1, 9, 0, 0, "", "excuse")
     assert "shared memory" in row.fault
 
 
 def test_the_stack_needs_an_excuse():
-    row = Compiled("c", "k", "", "1", 4, 3, 40, 32, 0, 0, 9, 0, 0, "")
+    row = Compiled("c", "k", "", "1", 4, 3, 40, 32, 0, 0, 9, 0, 0, "", "")
     assert "32 bytes on the stack" in row.fault
     assert replace(row, reason="excuse").fault == ""
+
+
+def test_serialized_products_have_no_excuse():
+    said = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma "
+        "instructions in the function 'k'\nptxas info    : Used 40 registers"
+    )
+    warning = read_warning(said)
+    assert warning == "wgmma.mma_async instructions are serialized due to non wgmma instructions"
+    assert read_warning("ptxas info    : Used 40 registers") == ""
+    row = Compiled("c", "k", "", "1", 4, 3, 40, 0, 0, 0, 9, 0, 0, warning, "excuse")
+    assert "serialized" in row.fault
 
 
 LISTING = """
