@@ -13,7 +13,10 @@ from common.ssd.triton_impl import ssd_scan_triton
 from scripts.bench.catalogue import OpCase, Work
 
 # Why a kernel may spill; common/ssd/README.md weighs it against a second reading of everything.
-_SPILLS = {"_ssd_gradient_kernel": "dB, dC and three pair matrices of one chunk at once save a second pass over memory"}
+_SPILLS = {
+    "_ssd_gradient_kernel": "dB, dC and three pair matrices of one chunk at once save a second pass over memory",
+    "_ssd_states_kernel": "a fifth block on a multiprocessor, so that all programs run at once, for a few bytes",
+}
 
 _GRADIENTS = ("x_BTHP", "dt_BTH", "A_H", "B_BTGN", "C_BTGN", "D_H")
 

@@ -155,8 +155,8 @@ def test_the_stack_needs_an_excuse():
 
 def test_serialized_products_have_no_excuse():
     said = (
-        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma "
-        "instructions in the function 'k'\nptxas info    : Used 40 registers"
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non "
+        "wgmma instructions in the function 'k'\nptxas info    : Used 40 registers"
     )
     warning = read_warning(said)
     assert warning == "wgmma.mma_async instructions are serialized due to non wgmma instructions"
