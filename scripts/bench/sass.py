@@ -45,8 +45,8 @@ def disassemble(cubin: bytes) -> str:
 def count_instructions(listing: str) -> Instructions:
     """Counts instructions and finds the largest loop: from the label of a branch backwards to that branch.
 
-    Code after the last unconditional EXIT is left out of loops: there stand the slow ways of a wait, which end with a
-    branch back to it.
+    Code after the last EXIT (the last unconditional one, if there is any) is left out of loops: there stand subroutines
+    and the slow ways of a wait, which end with a branch back to it.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -56,6 +56,7 @@ def count_instructions(listing: str) -> Instructions:
         elif code := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(.+?)\s*;", line):
             instructions.append(code[1])
     exits = [at for at, code in enumerate(instructions) if code == "EXIT"]
+    exits = exits or [at for at, code in enumerate(instructions) if code.endswith(" EXIT")]
     if not exits:
         raise ValueError(f"the disassembly holds {len(instructions)} instructions and no EXIT; is it one of a kernel?")
     first, last = 0, -1

@@ -189,6 +189,8 @@ _kernel:
 
 def test_instructions_are_counted_in_a_listing():
     assert count_instructions(LISTING) == Instructions(total=12, loop=4, barriers=1)
+    conditional = LISTING.replace("/*0080*/                   EXIT", "/*0080*/              @!P3 EXIT")
+    assert count_instructions(conditional) == count_instructions(LISTING)
     with pytest.raises(ValueError, match="no EXIT"):
         count_instructions("nothing")
 
