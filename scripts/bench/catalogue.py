@@ -8,10 +8,14 @@ launches it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -52,6 +56,8 @@ class OpCase:
         stack_reasons: kernel -> why it may spill registers. Any other kernel that spills fails.
         compile_slowly: leaves its compilation to the slow tests.
         miniature: overrides of `inputs` for tests on a CPU: device -> arguments, tiny. None: not run in miniature.
+        choices: name -> another launch of ours, as a context in which it is the one: made without a GPU, the choice
+            between them is to be settled by a clock.
     """
 
     name: str
@@ -65,6 +71,12 @@ class OpCase:
     stack_reasons: Mapping[str, str] = field(default_factory=dict)
     compile_slowly: bool = False
     miniature: Callable[[torch.device], dict[str, Any]] | None = None
+    choices: Mapping[str, Callable[[], AbstractContextManager]] = field(default_factory=dict)
+
+
+def with_value(module: ModuleType, name: str, value: Any) -> Callable[[], AbstractContextManager]:
+    """A choice: inside, something of a module is something else."""
+    return functools.partial(mock.patch.object, module, name, value)
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

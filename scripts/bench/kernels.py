@@ -2,8 +2,9 @@
 
     python scripts/bench kernels [--output FOLDER] [--budget-s 450] [--parts ...]
 
-Correctness first: outputs and all gradients at real shapes against float64. Then medians of device time: ours, the
-plain form, the plain form through torch.compile, and what packages are installed. Bytes and FLOPs that an operation
+Correctness first: outputs and all gradients at real shapes against float64. Then medians of device time: ours (and
+other launches of ours, where a machine without a GPU had to choose), the plain form, the plain form through
+torch.compile, and what packages are installed. Bytes and FLOPs that an operation
 must spend at least stand against this GPU's own copy and matrix-product ceilings, measured in the same run. Then
 training steps of 65,536 tokens: time, share of the ceiling, peak memory, phases that add up to the step.
 
@@ -183,6 +184,22 @@ def times_of(form: Form, case: OpCase, device: torch.device, inputs: Mapping[str
     return found
 
 
+def bench_choices(name: str, device: torch.device) -> Iterator[dict]:
+    """A record for each case of an operation that has other launches of ours, and how long each of them takes."""
+    for case in cases_of([name]):
+        maker = case.inputs if device.type == "cuda" else case.miniature
+        if maker is None or not case.choices:
+            continue
+        inputs = maker(device)
+        record: dict[str, Any] = {"case": case.name, "choices": {}}
+        for choice, chosen in case.choices.items():
+            with attempt(record["choices"], choice), chosen():
+                record["choices"][choice] = times_of(case.triton_form, case, device, inputs)
+        yield record
+        del inputs
+        tidy(device)
+
+
 def bench_operation(name: str, device: torch.device, limits: Mapping[str, float], compiled: bool) -> Iterator[dict]:
     """A record for each case of an operation: what is right, and how long each form takes."""
     for case in cases_of([name]):
@@ -280,10 +297,11 @@ def bench_step(preset: str, variant: str, device: torch.device, limits: Mapping[
 
 
 def parts_of(presets: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Names of all parts in their order: what is most wanted first, compilation of plain forms last."""
+    """Names of all parts in their order: what is most wanted first."""
     names = [f"operation:{name}" for name in OPERATIONS]
     names += [f"step:{preset}:{variant}" for preset in presets for variant in STEP_VARIANTS]
     names += [f"compiled:{name}" for name in OPERATIONS]
+    names += [f"choices:{name}" for name in OPERATIONS if any(case.choices for case in cases_of([name]))]
     return [name for name in names if not wanted or any(name.startswith(prefix) for prefix in wanted)]
 
 
@@ -311,6 +329,9 @@ def work_through(parts: Sequence[str], device: torch.device) -> None:
                 if box:
                     say(part=part, record={"preset": preset, "variant": variant, **box})
             tidy(device)
+        elif kind == "choices":
+            for record in bench_choices(rest, device):
+                say(part=part, record=record)
         elif kind in ("operation", "compiled"):
             for record in bench_operation(rest, device, limits, compiled=kind == "compiled"):
                 say(part=part, record=record)
@@ -406,6 +427,8 @@ def merge(report: dict[str, Any], said: Mapping[str, Any]) -> None:
         report["steps"].append(record)
     elif kind == "operation":
         report["operations"].append(record)
+    elif kind == "choices":
+        report["choices"].append(record)
     else:
         known = next((r for r in report["operations"] if r["case"] == record["case"]), None)
         if known is None:
@@ -443,6 +466,22 @@ def form_cell(times: Mapping[str, Any] | None) -> str:
     return " / ".join(cell(times[key]) for key in ("forward_ms", "both_ms") if key in times)
 
 
+def choices_table(report: Mapping[str, Any]) -> list[str]:
+    """Other launches of ours beside the one that is used."""
+    if not report["choices"]:
+        return []
+    lines = ["", "Other launches of ours: one that is faster than the one above should replace it.", ""]
+    lines += ["| case | launch | ms | of the one above |", "| --- | --- | --- | --- |"]
+    above = {record["case"]: record["forms"].get("ours", {}) for record in report["operations"]}
+    for record in report["choices"]:
+        usual = above.get(record["case"], {})
+        for choice, times in record["choices"].items():
+            both = [key for key in ("forward_ms", "both_ms") if usual.get(key) and key in times]
+            ratio = " / ".join(cell(times[key] / usual[key], 2) for key in both) or "–"
+            lines.append(f"| {record['case']} | {choice} | {form_cell(times)} | {ratio} |")
+    return lines
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as tables."""
     limits = report["ceilings"]
@@ -471,6 +510,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         row = [record["case"], right, form_cell(ours), " / ".join(least) or "–", " / ".join(share) or "–"]
         row += [form_cell(forms.get(name)) for name in ("plain", *peers)]
         lines.append("| " + " | ".join(row) + " |")
+    lines += choices_table(report)
     lines += ["", f"Training steps of {STEP_TOKENS:,} tokens, quantization-aware.", ""]
     head = ["preset", "variant", "step ms", "tokens/s", "of matmul ceiling", "peak GB", "loss after 3 steps"]
     lines += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
@@ -523,6 +563,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine(device),
         "ceilings": {},
         "operations": [],
+        "choices": [],
         "steps": [],
         "bars": [],
         "failures": [],

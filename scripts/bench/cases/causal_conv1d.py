@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.causal_conv1d import triton_impl
 from common.causal_conv1d.package_impl import causal_conv1d_package
 from common.causal_conv1d.torch_impl import causal_conv1d_torch
 from common.causal_conv1d.triton_impl import causal_conv1d_triton
-from scripts.bench.catalogue import OpCase, Work
+from scripts.bench.catalogue import OpCase, Work, with_value
 
 _GRADIENTS = ("x_BTD", "weight_DK", "bias_D")
 
@@ -48,6 +49,9 @@ def _compiled(**arguments: Any) -> Tensor:
     return torch.compile(causal_conv1d_torch, dynamic=False)(**arguments)[0]
 
 
+_CHOICES = {f"{n} positions a program": with_value(triton_impl, "CONV1D_SEGMENT", n) for n in (32, 64, 256)}
+
+
 def _case(
     where: str,
     batch: int,
@@ -74,6 +78,7 @@ def _case(
         },
         compile_slowly=slow,
         miniature=lambda device: _inputs(device, 2, 11, 6, torch.float32, documents, carried),
+        choices=_CHOICES if where == "seed_bpe" and size == 2 else {},
     )
 
 

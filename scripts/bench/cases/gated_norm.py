@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.gated_norm import triton_impl
 from common.gated_norm.torch_impl import gated_rms_norm_torch
 from common.gated_norm.triton_impl import gated_rms_norm_triton
-from scripts.bench.catalogue import OpCase, Work
+from scripts.bench.catalogue import OpCase, Work, with_value
 
 _GRADIENTS = ("y", "z", "weight_I")
 
@@ -35,6 +36,24 @@ def _compiled(**arguments: Any) -> Tensor:
     return torch.compile(gated_rms_norm_torch, dynamic=False)(**arguments)
 
 
+def _other_warps(times: int) -> Any:
+    usual = triton_impl.gated_norm_triton_launch
+
+    def launch(width: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
+        chosen = usual(width, dtype, backward)
+        return chosen | {"num_warps": chosen["num_warps"] * times}
+
+    return with_value(triton_impl, "gated_norm_triton_launch", launch)
+
+
+_CHOICES = {
+    "twice the warps": _other_warps(2),
+    "four times the warps": _other_warps(4),
+    "forward 1 row a program": with_value(triton_impl, "GATED_NORM_FORWARD_ROWS", 1),
+    "forward 32 rows a program": with_value(triton_impl, "GATED_NORM_FORWARD_ROWS", 32),
+}
+
+
 def _case(
     where: str, rows: int, width: int, row_width: int, dtype: torch.dtype = torch.bfloat16, slow: bool = True
 ) -> OpCase:
@@ -50,6 +69,7 @@ def _case(
         peers={"torch.compile of the plain form": _compiled},
         compile_slowly=slow,
         miniature=lambda device: _inputs(device, 9, 40, torch.float32, 57),
+        choices=_CHOICES if where != "seed_bpe-unaligned" and size == 2 else {},
     )
 
 

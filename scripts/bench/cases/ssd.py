@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.ssd import triton_impl
 from common.ssd.mamba_ssm_impl import ssd_scan_mamba_ssm
 from common.ssd.torch_impl import ssd_scan_torch
 from common.ssd.triton_impl import ssd_scan_triton
-from scripts.bench.catalogue import OpCase, Work
+from scripts.bench.catalogue import OpCase, Work, with_value
 
 # Why a kernel may spill; common/ssd/README.md weighs it against a second reading of everything.
 _SPILLS = {
@@ -70,6 +71,28 @@ def _compiled(**arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.compile(ssd_scan_torch, dynamic=False)(**arguments)
 
 
+def _other_launch(kernel: str, **options: int) -> Any:
+    """One of the large kernels with other options; a register bound that is not named is lifted."""
+    usual = triton_impl.ssd_triton_launch
+
+    def launch(name: str, dtype: torch.dtype, width: int, n: int) -> dict[str, Any]:
+        chosen = usual(name, dtype, width, n)
+        return {"num_warps": chosen["num_warps"], **options} if name == kernel else chosen
+
+    return with_value(triton_impl, "ssd_triton_launch", launch)
+
+
+_CHOICES = {
+    "gradient in 1 stage": _other_launch("gradient", num_stages=1),
+    "gradient in 2 stages": _other_launch("gradient", num_stages=2),
+    "gradient in 3 stages": _other_launch("gradient", num_stages=3),
+    "gradient of 4 warps": _other_launch("gradient", num_warps=4, num_stages=3),
+    "gradient of 8 warps": _other_launch("gradient", num_warps=8, num_stages=3),
+    "states without a bound": _other_launch("states", num_stages=3),
+    "scan in 2 stages": _other_launch("scan", num_stages=2),
+}
+
+
 def _case(
     where: str,
     batch: int,
@@ -110,6 +133,7 @@ def _case(
         stack_reasons=_SPILLS,
         compile_slowly=slow,
         miniature=lambda device: _inputs(device, 2, 20, 2, 16, 1, 16, torch.float32, documents, carried),
+        choices=_CHOICES if where in ("seed_bpe", "headdim32-state16", "headdim64-state128") and size == 2 else {},
     )
 
 

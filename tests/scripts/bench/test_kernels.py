@@ -58,14 +58,19 @@ def test_every_case_has_a_miniature_and_names_its_operation():
         assert cases, f"scripts/bench/cases/{name}.py is empty"
         assert any(case.miniature for case in cases)
         assert all("/" in case.name for case in cases)
+        for chosen in (choice for case in cases for choice in case.choices.values()):
+            with chosen():  # what it changes is there
+                pass
         assert all(case.forward.bytes > 0 and bool(case.backward) == bool(case.gradients) for case in cases)
 
 
 def test_parts_in_their_order():
     parts = parts_of(["seed_bpe"], [])
-    assert len(parts) == 2 * len(OPERATIONS) + len(STEP_VARIANTS)
+    chosen = [part for part in parts if part.startswith("choices:")]
+    assert "choices:ssd" in chosen
+    assert len(parts) == 2 * len(OPERATIONS) + len(STEP_VARIANTS) + len(chosen)
     assert parts[0] == "operation:ssd"
-    assert parts[-1].startswith("compiled:")
+    assert parts[-1] == chosen[-1]
     assert parts_of(["a", "b"], ["step:b:tor"]) == ["step:b:torch"]
 
 
@@ -83,7 +88,8 @@ def test_bars_take_the_best_of_our_variants():
 def test_report_tells_missing_from_failed():
     report = {
         "machine": {"device": "d", "torch": "t"}, "date": "2026-01-02", "command": "c", "ceilings": LIMITS,
-        "operations": [], "steps": [], "bars": bars_of([]), "failures": [{"part": "p", "reason": "a\nb"}],
+        "operations": [], "choices": [], "steps": [], "bars": bars_of([]),
+        "failures": [{"part": "p", "reason": "a\nb"}],
     }  # fmt: skip
     record = {
         "case": "op/a", "check": {"right": False}, "roofline_forward_ms": 1.0, "roofline_both_ms": 3.0,
@@ -95,7 +101,11 @@ def test_report_tells_missing_from_failed():
     merge(report, {"part": "operation:op", "record": record})
     merge(report, {"part": "compiled:op", "record": {"case": "op/a", "forms": {"torch.compile": {"forward_ms": 9.0}}}})
     merge(report, {"part": "step:s:v", "record": {"preset": "s", "variant": "v", "failure": {"missing": "m"}}})
+    choices = {"wide": {"forward_ms": 1.0, "both_ms": 6.0}, "narrow": {"error": "E"}}
+    merge(report, {"part": "choices:op", "record": {"case": "op/a", "choices": choices}})
     text = markdown(report)
+    assert "| op/a | wide | 1.000 / 6.000 | 0.50 / 1.50 |" in text
+    assert "| op/a | narrow | failed | – |" in text
     row = next(line for line in text.splitlines() if line.startswith("| op/a"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["op/a", "NO", "2.000 / 4.000", "1.000 / 3.000", "0.50 / 0.75", "failed", "missing", "9.000"]
