@@ -1,7 +1,7 @@
 """Measurements of this repository on this machine.
 
     python scripts/bench kernels                   every kernel and whole training steps on one GPU, beside their peers
-    python scripts/bench aot [OPERATION ...]       registers, spills and shared memory of every kernel on sm_90 (no GPU)
+    python scripts/bench aot [OPERATION ...]       registers, stack and instructions of every kernel on sm_90 (no GPU)
     python scripts/bench roofline                  least time of every operation on an H200 and an H100, by arithmetic
     python scripts/bench step                      training steps of one preset, or of two checkouts side by side
     python scripts/bench bytes                     one model on every grid: bytes against bits per byte
