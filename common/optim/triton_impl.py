@@ -18,6 +18,11 @@ from common.triton_support import (
     triton_kernel,
 )
 
+# Blocks of tiles of 128 x 128, per multiprocessor, from which tiles are that large. They read half as much out of L2 as
+# tiles of 64 x 64, whose traffic takes several times as long as their products; but fewer blocks than multiprocessors
+# would leave some of these idle.
+MUON_LARGE_TILES_FROM = 1.0
+
 
 @triton_kernel
 def _mirrored_product_kernel(
@@ -82,9 +87,8 @@ def _mirrored_product(X_BSL: Tensor, added_BSS: Tensor | None, alpha: float, bet
     elif X_BSL.dtype == torch.float32:
         block_S, block_L, warps, stages = 64, 16, 8, 2
     else:
-        # Large tiles need less traffic, small ones fill the GPU when there are few matrices.
         tiles = -(-side // 128)
-        large = count * tiles * (tiles + 1) // 2 >= 2 * multiprocessors_of(X_BSL.device)
+        large = count * tiles * (tiles + 1) // 2 >= MUON_LARGE_TILES_FROM * multiprocessors_of(X_BSL.device)
         block_S, block_L, warps, stages = (128, 64, 8, 3) if large else (64, 64, 4, 4)
     tiles = -(-side // block_S)
     pairs = tiles * (tiles + 1) // 2

@@ -645,7 +645,7 @@ def _ssd_unit_stride(tensor: Tensor) -> Tensor:
 
 def _ssd_heads_block(heads: int) -> int:
     """Heads that a program works on at once in kernels over dt, whose last dimension they are."""
-    return min(16, triton.next_power_of_2(heads))
+    return min(16, 1 << (heads - 1).bit_length())
 
 
 def _ssd_logarithmic(dtype: torch.dtype) -> bool:
@@ -658,7 +658,7 @@ def _ssd_decays(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Running sums, dt beside them (both (B, H, c L) in float32), and changes of document (B, c L); for all kernels."""
     batch, length, heads = dt_BTH.shape
-    chunks = triton.cdiv(length, chunk)
+    chunks = -(-length // chunk)
     sums_BHT = dt_BTH.new_empty(batch, heads, chunks * chunk)
     added_BHT = torch.empty_like(sums_BHT)
     runs_BT = None if ids_BT is None else dt_BTH.new_empty(batch, chunks * chunk, dtype=torch.int32)

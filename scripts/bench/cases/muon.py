@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from common.optim import triton_impl
 from common.optim.muon import newton_schulz_torch
 from common.optim.triton_impl import newton_schulz_triton
-from scripts.bench.catalogue import OpCase, Work
+from scripts.bench.catalogue import OpCase, Work, with_value
 
 _STEPS = 3
 
@@ -39,6 +40,10 @@ def _case(where: str, count: int, rows: int, columns: int) -> OpCase:
         gradients=(),
         forward=Work(bytes=8 * numbers, flops=flops),
         miniature=lambda device: _inputs(device, 2, 17, 24, torch.float32),
+        choices={
+            "tiles of 64": with_value(triton_impl, "MUON_LARGE_TILES_FROM", float("inf")),
+            "tiles of 128": with_value(triton_impl, "MUON_LARGE_TILES_FROM", 0.0),
+        },
     )
 
 
