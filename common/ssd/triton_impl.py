@@ -243,6 +243,14 @@ def _ssd_state_offsets(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, 
 
 
 @triton_kernel
+def _ssd_kept_offsets(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of a state between chunks, (N, P) in memory as in registers, and which of them exist."""
+    row_N = tl.arange(0, BLOCK_N)
+    column_P = tl.arange(0, BLOCK_P)
+    return row_N[:, None] * P + column_P[None, :], (row_N < N)[:, None] & (column_P < P)[None, :]
+
+
+@triton_kernel
 def _ssd_scan_kernel(
     x_ptr, sums_ptr, added_ptr, B_ptr, C_ptr, D_ptr, runs_ptr, start_ptr, y_ptr, final_ptr,
     length, segment, segments, chunks, heads, per_group,
@@ -351,6 +359,7 @@ def _ssd_states_kernel(
     last_run = 0
 
     offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
+    kept_NP, _ = _ssd_kept_offsets(P, N, BLOCK_P, BLOCK_N)
     own = ((b * segments + part) * heads + h) * P * N
     state_NP = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if HAS_START:
@@ -367,7 +376,7 @@ def _ssd_states_kernel(
             stored_NP = state_NP
             if WIDEN:
                 stored_NP = nearest_bf16(stored_NP)
-            tl.store(at + offset_NP, stored_NP.to(states_ptr.dtype.element_ty), mask=exists_NP)
+            tl.store(at + kept_NP, stored_NP.to(states_ptr.dtype.element_ty), mask=exists_NP)
         u_LP = _ssd_load_rows(u_ptr, first, length, stride_u_t, P, BLOCK_P, L, EVEN, WIDEN)
         v_LN = _ssd_load_rows(v_ptr, first, length, stride_v_t, N, BLOCK_N, L, EVEN, WIDEN)
         total = tl.load(sums_ptr + first + L - 1)
@@ -444,7 +453,7 @@ def _ssd_gradient_kernel(
         run_L = tl.load(runs_ptr + b * chunks * L + first + offset_L)
         last_run = tl.load(runs_ptr + b * chunks * L + first + L - 1)
     position_L = first + offset_L
-    offset_NP, exists_NP = _ssd_state_offsets(P, N, BLOCK_P, BLOCK_N)
+    offset_NP, exists_NP = _ssd_kept_offsets(P, N, BLOCK_P, BLOCK_N)
     B_LN = _ssd_load_rows(
         B_ptr + b * stride_B_b + g * stride_B_g, first, length, stride_B_t, N, BLOCK_N, L, EVEN, WIDEN
     )
@@ -478,9 +487,9 @@ def _ssd_gradient_kernel(
         if DOCUMENTS:
             to_end_L = tl.where(run_L == last_run, to_end_L, 0.0)
 
-        through_P = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32), 0)
-        through_P *= _ssd_through(total, last_run, DOCUMENTS)
-        tl.store(through_ptr + partial * BLOCK_P + tl.arange(0, BLOCK_P), through_P)
+        through_N = tl.sum(entering_NP.to(tl.float32) * leaving_NP.to(tl.float32), 1)
+        through_N *= _ssd_through(total, last_run, DOCUMENTS)
+        tl.store(through_ptr + partial * BLOCK_N + tl.arange(0, BLOCK_N), through_N)
 
         # From the state that enters the chunk.
         dy_wide_LP = dy_LP.to(tl.float32)
@@ -533,7 +542,7 @@ def _ssd_gradient_kernel(
 def _ssd_decay_gradients_kernel(
     dt_ptr, A_ptr, read_ptr, shares_ptr, through_ptr, ddt_ptr, dA_ptr, dD_ptr,
     length, chunks, heads, stride_dt_b, stride_dt_t,
-    L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, HAS_D: tl.constexpr,
+    L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HAS_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt, and a chunk's share of those of A and D, of one chunk of some heads.
 
@@ -556,8 +565,8 @@ def _ssd_decay_gradients_kernel(
     net_HL, direct_HL = even_HL2.split()
     written_HL, trace_HL = odd_HL2.split()
     partial_H = (b * chunks + chunk) * heads + h_H
-    at_HP = partial_H[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    through_H = tl.sum(tl.load(through_ptr + at_HP, mask=exists_H[:, None], other=0.0), 1)
+    at_HN = partial_H[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    through_H = tl.sum(tl.load(through_ptr + at_HN, mask=exists_H[:, None], other=0.0), 1)
     dlog_HL = tl.cumsum(read_HL + net_HL, 1, reverse=True) + tl.cumsum(written_HL, 1) - written_HL
     dlog_HL += through_H[:, None]
     step_HL = position_L[None, :].to(tl.int64) * stride_dt_t + h_H[:, None]
@@ -617,10 +626,10 @@ class _SsdScanTriton(torch.autograd.Function):
         dD_BcH = None if D_H is None else dt_BTH.new_empty(batch, chunks, heads)
         read_BHT, shares_BHT4 = torch.empty_like(decays[0]), decays[0].new_empty(*decays[0].shape, 4)
         constants = _ssd_constants("gradient", x_BTHP, n, decays, chunk)
-        through_BcHP = dt_BTH.new_empty(batch, chunks, heads, constants["BLOCK_P"])
+        through_BcHN = dt_BTH.new_empty(batch, chunks, heads, constants["BLOCK_N"])
         _ssd_gradient_kernel[(batch * chunks * groups,)](
             x_BTHP, dt_BTH, decays[0], B_BTGN, C_BTGN, D_H, decays[2], dy_BTHP, entering, leaving,
-            dx_BTHP, dB_BTGN, dC_BTGN, read_BHT, shares_BHT4, through_BcHP,
+            dx_BTHP, dB_BTGN, dC_BTGN, read_BHT, shares_BHT4, through_BcHN,
             length, chunks, heads, heads // groups, groups,
             *x_BTHP.stride()[:3], *dt_BTH.stride()[:2], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
             *dy_BTHP.stride()[:3],
@@ -628,9 +637,9 @@ class _SsdScanTriton(torch.autograd.Function):
         )  # fmt: skip
         block = _ssd_heads_block(heads)
         _ssd_decay_gradients_kernel[(batch * chunks, triton.cdiv(heads, block))](
-            dt_BTH, A_H, read_BHT, shares_BHT4, through_BcHP, ddt_BTH, dA_BcH, dD_BcH,
+            dt_BTH, A_H, read_BHT, shares_BHT4, through_BcHN, ddt_BTH, dA_BcH, dD_BcH,
             length, chunks, heads, *dt_BTH.stride()[:2],
-            L=chunk, BLOCK_P=constants["BLOCK_P"], BLOCK_H=block, HAS_D=D_H is not None, num_warps=4,
+            L=chunk, BLOCK_N=constants["BLOCK_N"], BLOCK_H=block, HAS_D=D_H is not None, num_warps=4,
         )  # fmt: skip
         dA_H = dA_BcH.sum(dim=(0, 1))
         dD_H = None if dD_BcH is None else dD_BcH.sum(dim=(0, 1))
@@ -718,9 +727,10 @@ def _ssd_segment_starts(u, v, decays, initial_BHPN, chunk, segment, reverse) -> 
 
 
 def _ssd_chunk_states(u, v, decays, initial_BHPN, chunk, reverse) -> tuple[Tensor, Tensor]:
-    """States between the chunks (B, c, H, P, N) in the dtype of u, and that after the last (reverse: before the first).
+    """States between the chunks, and that after the last (reverse: before the first): (B, c, H, N, P) and (B, H, P, N).
 
-    The kernels use a state as an operand of a product only, so it is kept in the dtype that it would be rounded to.
+    The former are in the dtype of u: the kernels use a state as an operand of a product only, and keep it in the dtype
+    that it would be rounded to.
     """
     batch, length, heads, width = u.shape
     n = v.shape[3]
@@ -730,7 +740,7 @@ def _ssd_chunk_states(u, v, decays, initial_BHPN, chunk, reverse) -> tuple[Tenso
     starts = initial_BHPN
     if segments > 1:
         starts = _ssd_segment_starts(u, v, decays, initial_BHPN, chunk, segment, reverse)
-    states = u.new_empty(batch, chunks, heads, width, n)
+    states = u.new_empty(batch, chunks, heads, n, width)
     ends = decays[0].new_empty(batch, segments, heads, width, n)
     _ssd_walk(u, v, decays, starts, states, ends, None, chunk, segment, reverse)
     return states, ends[:, 0 if reverse else -1]
