@@ -592,7 +592,7 @@ class _SsdScanTriton(torch.autograd.Function):
         groups, n = B_BTGN.shape[2:]
         segment = ssd_triton_segment_length(length, chunk, batch * heads)
         segments = triton.cdiv(length, segment)
-        decays = _ssd_decays(dt_BTH, A_H, ids_BT, chunk, x_BTHP.dtype)
+        decays = _ssd_triton_decays(dt_BTH, A_H, ids_BT, chunk, x_BTHP.dtype)
         starts = initial_BHPN
         if segments > 1:
             starts = _ssd_segment_starts(x_BTHP, B_BTGN, decays, initial_BHPN, chunk, segment, reverse=False)
@@ -662,7 +662,7 @@ def _ssd_logarithmic(dtype: torch.dtype) -> bool:
     return dtype != torch.float32
 
 
-def _ssd_decays(
+def _ssd_triton_decays(
     dt_BTH: Tensor, A_H: Tensor, ids_BT: Tensor | None, chunk: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Running sums, dt beside them (both (B, H, c L) in float32), and changes of document (B, c L); for all kernels."""

@@ -10,8 +10,8 @@ import torch
 
 from common.ssd.torch_impl import ssd_scan_torch
 from common.ssd.triton_impl import (
-    _ssd_decays,
     _ssd_segment_starts,
+    _ssd_triton_decays,
     ssd_scan_triton,
     ssd_triton_chunk_length,
     ssd_triton_segment_length,
@@ -244,7 +244,7 @@ def test_results_are_the_same_bits_in_every_run(kernel_device):
 def test_segment_starts_are_the_states_there(kernel_device):
     """The states that the segments start from are those of a scan of what lies before them."""
     x, dt, A, B, C, _, state = (t.to(kernel_device) for t in typed(make_inputs(1, 80, 1, 16, 1, 16), torch.float32))
-    decays = _ssd_decays(dt, A, None, 16, x.dtype)
+    decays = _ssd_triton_decays(dt, A, None, 16, x.dtype)
     starts = _ssd_segment_starts(x, B, decays, state, 16, 32, reverse=False)
     for part, position in enumerate((0, 32, 64)):
         before = state
