@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cpu import processor_name
 from submissions.jepa_mamba import train_gpt
 
 PHASES: tuple[str, ...] = ("forward", "backward", "gradients", "muon", "adam", "publish", "other")
@@ -252,6 +251,8 @@ def compare(
     ours: Path, theirs: Path, options: Mapping[str, Any], rounds: int, steps: int, threads: int
 ) -> dict[str, Any]:
     """CPU milliseconds a step of two checkouts, alternating, with the same options, seed and tokens."""
+    from common.cpu import processor_name  # not at the head of the file: old checkouts, in which it runs, lack it
+
     sides = {"ours": Worker(ours, {**options, "threads": threads})}
     try:
         sides["theirs"] = Worker(theirs, {**options, "threads": threads})

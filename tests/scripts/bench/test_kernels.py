@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -177,6 +178,14 @@ def test_steps_are_timed_on_a_bare_image():
     assert sum(value for name, value in phases.items() if name != "step") == pytest.approx(phases["step"])
     assert all(phases[name] > 0 for name in ("forward", "backward", "muon", "adam", "publish"))
     assert sum(row["ms"] for row in report["operations"]) > 0
+
+
+def test_steps_of_an_old_checkout_need_its_entry_only():
+    """`serve` runs this file among the modules of another checkout, which need not have those that came later."""
+    tree = ast.parse((ROOT / "scripts" / "bench" / "step.py").read_text(encoding="utf-8"))
+    imported = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    ours = [name for name in imported if name.split(".")[0] in ("common", "scripts", "submissions")]
+    assert ours == ["submissions.jepa_mamba"]
 
 
 def miniature(folder: Path, *parts: str) -> tuple[int, dict, str]:
