@@ -18,9 +18,8 @@ from common.triton_support import (
     triton_kernel,
 )
 
-# Blocks of tiles of 128 x 128, per multiprocessor, from which tiles are that large. They read half as much out of L2 as
-# tiles of 64 x 64, whose traffic takes several times as long as their products; but fewer blocks than multiprocessors
-# would leave some of these idle.
+# Tiles are 128 x 128 if there are at least so many of them a multiprocessor, else 64 x 64. Large ones read half as much
+# out of L2, which takes several times as long as their products; fewer than multiprocessors would leave some idle.
 MUON_LARGE_TILES_FROM = 1.0
 
 

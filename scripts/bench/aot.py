@@ -6,8 +6,7 @@ Nothing is written down twice: each operation is called on tensors without value
 function, forward and backward, and every launch is compiled as it would be launched, with the same types, constants,
 warps, stages and divisibility. What ptxas -v says is read from Triton's own call of it (tensor-core products that it
 serializes are a fault); instructions are counted in the disassembly: all, those of the largest loop, and the barriers
-among these. That a whole operation runs on tensors
-without values also shows that it never waits for the device.
+among these. That a whole operation runs on tensors without values also shows that it never waits for the device.
 """
 
 from __future__ import annotations

@@ -197,6 +197,7 @@ def _muon_worker(rank, ranks, path, out):
     take_steps(optimizer, params, 4)
     momentum = {f"m{i}": optimizer.state[p]["momentum"].numpy() for i, p in enumerate(params)}
     np.savez(f"{out}_{rank}.npz", **{f"p{i}": p.detach().numpy() for i, p in enumerate(params)}, **momentum)
+    dist.barrier()  # without it gloo now and then aborts the process that leaves while the other still works
     dist.destroy_process_group()
 
 

@@ -124,6 +124,7 @@ def _sigreg_worker(rank, path, shares, out):
         value, gradient = value_and_gradient(own, A, per_timestep=len(shape) == 2)
         results[f"value{len(shape)}"], results[f"gradient{len(shape)}"] = value.numpy(), gradient.numpy()
     np.savez(f"{out}_{rank}.npz", **results)
+    dist.barrier()  # without it gloo now and then aborts the process that leaves while the other still works
     dist.destroy_process_group()
 
 

@@ -118,6 +118,7 @@ def _sigreg_triton_worker(rank, path, out):
     mine = z[:10] if rank == 0 else z[10:]  # unequal shares
     value, gradient = value_and_gradient(sigreg_triton, mine, A, per_timestep=True)
     np.savez(f"{out}_{rank}.npz", value=value.numpy(), gradient=gradient.numpy())
+    dist.barrier()  # without it gloo now and then aborts the process that leaves while the other still works
     dist.destroy_process_group()
 
 
